@@ -1,0 +1,149 @@
+"""Everything that a run folder of the quick start is measured by, and the examples its report shows.
+
+Scenes have ground truth: descriptions, answers and drawings are scored by programs. Pictures of one's own have captions: what
+is left is reconstruction, likelihood by modality, and retrieval of the right caption or picture among others.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data import shards
+from data.detector import detect, scene_matches
+from data.images import load_image, to_array, to_png, to_tensor, to_uint8
+from data.scene_image import render
+from data.scenes import SPLITS, World
+from mmllm.evaluate.generation import generation
+from mmllm.evaluate.likelihood import log_likelihood
+from mmllm.evaluate.understanding import understanding
+from mmllm.generate.engine import Engine
+from mmllm.generate.sample import Sampling
+from tokenizer.model import VisualTokenizer
+from tokenizer.semantic import Teacher, TowerConfig, recall_at_1
+
+HELD = tuple(split for split in SPLITS if split != "train")
+DRAWING = Sampling(temperature=0.3)
+"""On pictures this simple a low temperature is best."""
+CANDIDATES = 16
+"""Captions or pictures among which the right one is to be found."""
+SHOWN = 12
+
+Pictures = NDArray[np.uint8]
+
+
+def png(picture: Pictures) -> str:
+    return base64.b64encode(to_png(picture)).decode()
+
+
+def tokenizer_scores(visual: VisualTokenizer, pictures: Pictures) -> tuple[dict[str, Any], Pictures]:
+    """pictures [n, H, W, 3] → PSNR in dB over all pixels (8 bit), usage and perplexity of each book over the set, and what comes
+    back [n, H, W, 3]. Usage is the share of a book's entries chosen at least once; the plain keys are means over books."""
+    parts = torch.from_numpy(np.arange(len(pictures))).split(256)
+    codes = torch.cat([visual.encode(to_tensor(pictures[part.numpy()])) for part in parts])
+    back = np.concatenate([to_uint8(visual.decode(codes[part])) for part in parts])
+    error = np.square(back.astype(np.float64) - pictures).mean()
+    books = []
+    for book in range(visual.num_books):
+        share = torch.bincount(codes[:, book].flatten().long(), minlength=visual.codebook_size).double()
+        share = share / share.sum()
+        entropy = -(share[share > 0] * share[share > 0].log()).sum()
+        books.append({"usage": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()})
+    mean = {key: float(np.mean([book[key] for book in books])) for key in ("usage", "perplexity")}
+    return {"psnr": float(10 * np.log10(255**2 / max(error, 1e-9))), **mean, "books": books}, back
+
+
+def code_names(visual: VisualTokenizer, engine: Engine, codes: NDArray[np.int32]) -> list[str]:
+    """What the codes of one picture [M, h, w] mean in words: a line a position, books apart by a bar."""
+    name = engine.folder.text.processor.id_to_piece
+    words = [visual.quantizer.words(book) for book in range(visual.num_books)]
+    return [" | ".join(" ".join(name(int(i)).lstrip("▁") for i in words[book][int(codes[book, y, x])])
+                       for book in range(visual.num_books))
+            for y in range(codes.shape[1]) for x in range(codes.shape[2])]
+
+
+def evaluate_scenes(out: Path, level: int, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """→ scores and examples of a run on scenes. `count`: prompts a skill and split, pictures a split (twice that for the tokenizer)."""
+    world, engine = World.at_level(level), Engine.load(out / "sft" / "hf")
+    visual = engine.visual
+    tokenizer: dict[str, Any] = {}
+    exact: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    for split in HELD:
+        scenes = [world.scene(seed + 2, index, split) for index in range(2 * count)]
+        pictures = np.stack([render(scene) for scene in scenes])
+        scores, back = tokenizer_scores(visual, pictures)
+        exact[split] = float(np.mean([scene_matches(scene, detect(picture, world))
+                                      for scene, picture in zip(scenes, back, strict=True)]))
+        if split == "seen":
+            tokenizer = scores
+        rows += [{"split": split, "original": png(a), "reconstruction": png(b),
+                  "codes": code_names(visual, engine, visual.encode(to_tensor(a[None])).numpy()[0])}
+                 for a, b in zip(pictures[:4], back[:4], strict=True)]
+    tokenizer |= {"scene_exact": exact["seen"], "scene_exact_by_split": exact}
+    understood, seen = understanding(engine, world, HELD, count, seed)
+    generated, drawn = generation(engine, world, HELD, count, seed, DRAWING)
+    shown = [d for split in HELD for skill in generated[split] if skill != "overall"
+             for d in [d for d in drawn if (d.split, d.skill) == (split, skill)][:8]]
+    examples = {
+        "reconstructions": rows,
+        "drawings": [{"split": d.split, "skill": d.skill, "prompt": d.prompt, "right": d.right, "picture": png(d.picture)}
+                     for d in shown],
+        "descriptions": [{"split": s.split, "picture": png(s.picture), "description": s.description, "right": s.right,
+                          "answers": [{"question": q.question, "expected": q.answer, "answer": a} for q, a in s.answers]}
+                         for split in HELD for s in [s for s in seen if s.split == split][:SHOWN]]}
+    return {"tokenizer": tokenizer, "understanding": understood, "generation": generated}, examples
+
+
+def evaluate_pictures(out: Path, tower: TowerConfig, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """→ scores and examples of a run on pictures with captions, measured on those held out."""
+    engine = Engine.load(out / "sft" / "hf")
+    documents = list(shards.read_all(shards.find(out / "raw", "seen-")))[:count]
+    pictures = np.stack([to_array(load_image(part)) for d in documents for part in d.parts if isinstance(part, bytes)])
+    captions = [part for d in documents for part in d.parts if isinstance(part, str)]
+    tokenizer, back = tokenizer_scores(engine.visual, pictures)
+    codes = engine.codes(to_tensor(pictures))
+    few = min(CANDIDATES, len(captions))
+    order = np.random.default_rng(seed)
+    others = [order.permutation([j for j in range(len(captions)) if captions[j] != captions[i]])[:few - 1]
+              for i in range(len(captions))]
+    sets = [[i, *map(int, some)] for i, some in enumerate(others)]
+    loss = log_likelihood(engine, codes, captions, [(i, i) for i in range(len(captions))])
+    to_text = log_likelihood(engine, codes, captions, [(i, j) for i, some in enumerate(sets) for j in some])["text"]
+    found = _first_best(to_text, sets)
+    drawn = engine.draw(captions, sampling=Sampling(temperature=0.8), seed=seed)[:, 0]
+    made = to_uint8(engine.pictures(drawn))
+    teacher = Teacher(tower, engine.folder.text.size)
+    teacher.load_state_dict(safetensors.torch.load_file(out / "teacher.safetensors"))
+    with torch.no_grad():
+        words = teacher.eval().text_embedding(teacher.text_batch([engine.folder.text.encode(c) for c in captions]))
+        images, real = (teacher.image_embedding(to_tensor(p)) for p in (made, pictures))
+    descriptions = engine.describe(codes)
+    scores = {
+        "tokenizer": tokenizer,
+        "understanding": {"loss_text": -float(np.mean(loss["text_mean"])), f"caption_among_{few}": found, "chance": 1 / few},
+        "generation": {"loss_image": -float(np.mean(loss["image_mean"])),
+                       "clip_score": F.cosine_similarity(words, images).mean().item(),
+                       "clip_score_of_real": F.cosine_similarity(words, real).mean().item(),
+                       "clip_recall_at_1": recall_at_1(images, words), "clip_recall_at_1_of_real": recall_at_1(real, words)}}
+    examples = {
+        "reconstructions": [{"split": "held out", "original": png(a), "reconstruction": png(b), "codes": []}
+                            for a, b in zip(pictures[:24], back[:24], strict=True)],
+        "drawings": [{"split": "held out", "skill": "caption", "prompt": c, "right": None, "picture": png(p)}
+                     for c, p in zip(captions[:24], made[:24], strict=True)],
+        "descriptions": [{"split": "held out", "picture": png(p), "description": d, "right": None,
+                          "answers": [{"question": "caption", "expected": c, "answer": d}]}
+                         for p, d, c in zip(pictures[:24], descriptions[:24], captions[:24], strict=True)]}
+    return scores, examples
+
+
+def _first_best(values: Tensor, sets: list[list[int]]) -> float:
+    """Share of sets whose first member scores highest; `values` lie set after set."""
+    parts = values.split([len(some) for some in sets])
+    return float(np.mean([int(part.argmax()) == 0 for part in parts]))

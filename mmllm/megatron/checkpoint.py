@@ -1,0 +1,146 @@
+"""Checkpoints: whole or absent, readable under any layout of ranks.
+
+A checkpoint is written to `step_XXXXXXX.tmp`, synced, given a `manifest.json` with the size and hash of every file, and
+renamed: the name without `.tmp` *is* the promise that it is whole. A kill at any moment leaves the one before. The
+format is megatron-core's distributed one with fully reshardable optimizer state, so TP, PP and DP may differ between
+the run that saved and the one that loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+from mmllm.run import write_json
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+"""Step, data position, recipe: what a reader needs without megatron-core or torch."""
+
+
+def sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer | None, loading: bool) -> dict[str, Any]:
+    """Weights and optimizer state, each tensor with its place in the whole."""
+    metadata = ensure_metadata_has_dp_cp_group({"distrib_optim_sharding_type": "fully_reshardable"})
+    decoder: Any = model.module
+    state: dict[str, Any] = {"model": decoder.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    return state
+
+
+def save(folder: Path, step: int, model: DistributedDataParallel, optimizer: ChainedOptimizer, state: dict[str, Any],
+         keep_last: int) -> Path:
+    """Save everything at a step under `folder`, then delete all but the last `keep_last`. `state`: plain values to find
+    in `state.json`."""
+    final = folder / f"step_{step:07d}"
+    beside = final.with_name(final.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    sharded = sharded_state(model, optimizer, loading=False) | {"rng": torch.get_rng_state()}
+    # in 0.16.1 every save starts a manager process for results that a plain queue carries when the save is not
+    # asynchronous
+    filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportPrivateUsage]
+    dist_checkpointing.save(sharded, str(beside), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+                            validate_access_integrity=False)
+    if dist.get_rank() == 0:
+        write_json(beside / STATE, {"step": step, **state})
+    dist.barrier()
+    manifest = hashes(beside)
+    if dist.get_rank() == 0:
+        for name in manifest:
+            sync(beside / name)
+        write_json(beside / MANIFEST, {"step": step, "files": manifest})
+        sync(beside)
+        # the same step again, after a refused continuation
+        if final.exists():
+            shutil.rmtree(final)
+        beside.rename(final)
+        sync(folder)
+        for old in whole(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, the work shared among the ranks."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    mine = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+            for name in names[dist.get_rank()::dist.get_world_size()]}
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return dict(sorted({name: entry for part in parts for name, entry in part.items()}.items()))
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix == "")
+
+
+def newest(folder: Path) -> Path | None:
+    """The last finished checkpoint under a folder."""
+    finished = whole(folder)
+    return finished[-1] if finished else None
+
+
+def verify(checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks a file or holds a changed one."""
+    manifest_path = checkpoint / MANIFEST
+    advice = f"delete {checkpoint} to continue from the one before, or restore the file"
+    if not manifest_path.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} has no {MANIFEST}: {advice}")
+    for name, entry in json.loads(manifest_path.read_text())["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise FileNotFoundError(f"checkpoint {checkpoint} is missing the file {name}: {advice}")
+        if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
+            raise ValueError(f"checkpoint {checkpoint}: the file {name} is not the one that was saved: {advice}")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def load(checkpoint: Path, model: DistributedDataParallel, optimizer: ChainedOptimizer | None) -> None:
+    """Load weights and, if given, optimizer state, under whatever layout this run has."""
+    with warnings.catch_warnings():
+        # torch and megatron-core disagree on tensor classes
+        warnings.simplefilter("ignore")
+        state: Any = dist_checkpointing.load(sharded_state(model, optimizer, loading=True), str(checkpoint))
+    model.module.load_state_dict(state["model"], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])

@@ -1,0 +1,192 @@
+"""Instruction tuning: the loss, the groups, and DeepSpeed on two real ranks."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+import torch
+from torch.nn import functional as F
+
+from data.chat import ChatLoader
+from data.loader import DataConfig, Row, assemble
+from mmllm import hf
+from mmllm.run import read_metrics
+from mmllm.runs.sft import Sft, check, learning_rate, main
+from mmllm.runs.sft_loss import AssistantLoss, _least_padding, document_groups
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Generator[None]:
+    """Small matrices on many threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder and token shards that belong together."""
+    folder = tmp_path_factory.mktemp("sft")
+    tiny_model.folder(folder / "model", std=0.08)
+    tiny_model.token_shards(folder / "shards", documents=40)
+    return folder
+
+
+def recipe(world: Path, out: Path, **changes: object) -> Sft:
+    data = DataConfig(shards=world / "shards", row_len=192, draw_ratio=0.5)
+    base = Sft(out=out, init=world / "model", data=data, steps=6, global_batch=4, lr=3e-3, warmup_steps=2,
+               precision="fp32", log_every=1)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def rows_of(recipe: Sft) -> ChatLoader:
+    return ChatLoader(recipe.data, tiny_model.text_tokenizer().encode)
+
+
+def stock(world: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
+
+
+# Loss -------------------------------------------------------------------------------------------------------------
+
+def plain_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
+    """Document after document, the whole head, no padding."""
+    losses = list[torch.Tensor]()
+    for row in rows:
+        tokens, labels, weight = map(torch.from_numpy, (row.tokens, row.labels, row.loss_weight))
+        for a, b in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+            loss = F.cross_entropy(model(tokens[None, a:b]).logits[0], labels[a:b], reduction="none")
+            losses.append((loss * weight[a:b]).sum())
+    return torch.stack(losses).sum()
+
+
+def test_grouped_loss_and_gradient_equal_those_of_each_document_alone(world: Path) -> None:
+    rows = [rows_of(recipe(world, world)).row(i) for i in range(4)]
+    one, other = stock(world), stock(world)
+    expected = plain_loss(one, rows)
+    loss, sums = AssistantLoss(other)(document_groups(rows), tiny_model.vocabulary().first_image)
+    assert torch.allclose(loss, expected, rtol=1e-5) and torch.allclose(sums[0] + sums[2], expected.detach(), rtol=1e-5)
+    assert sums[1] + sums[3] == sum(row.loss_weight.sum() for row in rows) and min(sums[1], sums[3]) > 0
+    expected.backward()
+    loss.backward()
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_groups_hold_every_trained_token_once(world: Path) -> None:
+    rows = [rows_of(recipe(world, world)).row(i) for i in range(6)]
+    trained = sorted((int(t), int(label)) for row in rows for t, label, w in
+                     zip(row.tokens, row.labels, row.loss_weight, strict=True) if w)
+    grouped = sorted((int(t), int(label)) for group in document_groups(rows) for t, label, w in
+                     zip(*(x.flatten() for x in group), strict=True) if w)
+    assert trained == grouped
+
+
+def test_rows_without_an_assistant_still_take_part() -> None:
+    row = assemble([], ("x",), 8, pad=3)
+    groups = document_groups([row])
+    assert sum(group.weight.sum() for group in groups) == 0 and groups[0].tokens.shape == (1, 1)
+
+
+def test_groups_pad_less_than_one_and_never_more_than_asked(world: Path) -> None:
+    lengths = sorted(np.random.default_rng(0).integers(10, 200, 60).tolist())
+    ranges = _least_padding(lengths)
+    assert [i for a, b in ranges for i in range(a, b)] == list(range(60)) and 1 < len(ranges) < 10
+    assert sum((b - a) * lengths[b - 1] for a, b in ranges) < 0.8 * 60 * lengths[-1]
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
+    settings = recipe(Path(), Path(), steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.2)
+    rates = [learning_rate(settings, step) for step in range(101)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.2)
+
+
+def test_every_mistake_in_a_recipe_is_named_at_once(world: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        check(recipe(world, world / "x", global_batch=5, lr=0.0, warmup_steps=9, min_lr_ratio=2.0))
+    for line in ("global_batch 5", "lr is 0.0", "warmup_steps is 9", "min_lr_ratio is 2.0"):
+        assert line in str(error.value)
+
+
+# Two ranks --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tuned(world: Path) -> Path:
+    return main(recipe(world, world / "run"))
+
+
+def test_two_ranks_under_zero_take_the_steps_of_one_plain_optimizer(world: Path, tuned: Path) -> None:
+    settings = recipe(world, world / "run")
+    loader, model = rows_of(settings), stock(world)
+    decayed, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=settings.betas, weight_decay=0.0)
+    losses = list[float]()
+    for step in range(settings.steps):
+        rows = [loader.row(step * 4 + i) for i in range(4)]
+        loss = plain_loss(model, rows) / float(sum(row.loss_weight.sum() for row in rows))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert [record["loss"] for record in read_metrics(world / "run")] == pytest.approx(losses, rel=1e-4)
+    tensors = hf.open_folder(tuned).tensors()
+    assert all(torch.allclose(tensors[name], p, atol=2e-3) for name, p in model.named_parameters())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_tuned_folder_chats_and_opens_with_stock_classes(world: Path, tuned: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = hf.open_folder(tuned)
+    assert folder.chat and folder.vocab == tiny_model.vocabulary() and not (world / "run" / "checkpoints").exists()
+    assert AutoTokenizer.from_pretrained(tuned).chat_template
+    assert AutoModelForCausalLM.from_pretrained(tuned).config.vocab_size == folder.vocab.size
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits(world: Path, tuned: Path, tmp_path: Path) -> None:
+    again = replace(recipe(world, tmp_path / "run"), save_every=2)
+    (tmp_path / "recipe.pickle").write_bytes(pickle.dumps(again))
+    code = "import pickle, sys; from mmllm.runs.sft import main; main(pickle.load(open(sys.argv[1], 'rb')))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.pickle")], start_new_session=True,
+                               stdout=subprocess.DEVNULL)
+    wait_for(again.out / "checkpoints" / "newest.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (again.out / "checkpoints" / "newest.json").is_file() and not (again.out / "hf").exists()
+    folder = main(again)
+    assert (folder / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+    assert [r["loss"] for r in read_metrics(again.out)] == [r["loss"] for r in read_metrics(world / "run")]
+
+
+def test_token_shards_of_another_tokenizer_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:
+    tiny_model.token_shards(tmp_path / "shards", documents=4, books=1)
+    data = DataConfig(shards=tmp_path / "shards", row_len=192)
+    with pytest.raises(ValueError, match="encoded under fingerprint"):
+        main(recipe(world, tmp_path / "run", data=data))
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_folder_that_is_no_model_is_refused_before_ranks_start(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a model folder"):
+        main(recipe(world, tmp_path / "run", init=world / "shards"))
+    assert not (tmp_path / "run").exists()
