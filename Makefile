@@ -12,7 +12,7 @@ test: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 slow: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"

@@ -10,9 +10,7 @@ again after an interruption. The manifest comes last.
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from data import shards
 from data.document import ANSWER, CAPTION, GRAMMAR_VERSION, IMAGE, QUESTION, TEXT, Document, TokenDocument
 from data.images import fit, load_image, to_tensor
+from data.index import index_path, read_index, write_index
 from data.vocab import Vocab
 from tokenizer.text import TextTokenizer
 
@@ -91,46 +90,6 @@ def encode_shard(source: Path, target: Path, visual: ImageEncoder, text: TextTok
         used += count
     shards.write_tar(target, samples)
     write_index(target, tokens)
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where the samples of a token shard lie and what they hold; row i belongs to sample i.
-
-    keys [n] str; offsets, sizes [n] bytes in the tar; first_part [n + 1]; kinds, lengths [parts]."""
-
-    keys: NDArray[np.str_]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    first_part: NDArray[np.int64]
-    kinds: NDArray[np.int8]
-    lengths: NDArray[np.int32]
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_suffix(".idx.npz")
-
-
-def write_index(shard: Path, tokens: Sequence[TokenDocument]) -> None:
-    with tarfile.open(shard) as tar:
-        members = [(m.name.removesuffix(".ids"), m.offset_data, m.size) for m in tar if m.isreg()]
-    path = index_path(shard)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, keys=np.array([m[0] for m in members]), offsets=np.array([m[1] for m in members], np.int64),
-                 sizes=np.array([m[2] for m in members], np.int64),
-                 first_part=np.cumsum([0] + [len(t.kinds) for t in tokens]).astype(np.int64),
-                 kinds=np.array([k for t in tokens for k in t.kinds], np.int8),
-                 lengths=np.array([n for t in tokens for n in t.lengths], np.int32))
-    partial.rename(path)
-
-
-def read_index(shard: Path) -> Index:
-    path = index_path(shard)
-    if not path.is_file():
-        raise FileNotFoundError(f"token shard {shard} has no index {path.name}: encode it again")
-    with np.load(path) as arrays:
-        return Index(**{name: arrays[name] for name in Index.__dataclass_fields__})
 
 
 def encode(source: Sequence[Path], folder: Path, visual: ImageEncoder, text: TextTokenizer, vocab: Vocab,

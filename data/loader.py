@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data import document as docs
 from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, Sequence_, TokenDocument, uniform
-from data.encode import Index, read_index
+from data.index import Index, read_index, read_manifest
 from data.packing import pack
 from data.vocab import Vocab
 
@@ -40,8 +40,8 @@ class DataConfig:
     """Share of picture–text pairs trained text → image; the others are described and asked about."""
     drop_text: float = 0.1
     """Share of text → image documents whose text is dropped, for guidance."""
-    window: int = 64
-    """Rows kept open while packing."""
+    window: int = 256
+    """Documents placed together while packing, and the most rows kept open."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ class Row:
     """[d + 1] first token of each document, and s."""
     keys: tuple[str, ...]
     """Samples in the row, for a report of what was in a bad step."""
-
-
-def read_manifest(folder: Path) -> dict[str, object]:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no manifest.json, so it holds no whole set of token shards: "
-                                "run `mmllm data encode`")
-    return json.loads(path.read_text())
 
 
 def assemble(sequences: list[Sequence_], keys: tuple[str, ...], row_len: int, pad: int) -> Row:
@@ -95,13 +87,11 @@ class Loader:
         if fingerprint is not None and manifest["fingerprint"] != fingerprint:
             raise ValueError(f"token shards in {config.shards} were encoded under fingerprint {manifest['fingerprint']}, "
                              f"the tokenizers in use have {fingerprint}: encode the shards again with them")
-        fields = dict(manifest["vocab"])  # type: ignore[call-overload]
-        fields.pop("size")
         self.config = config
-        self.vocab = Vocab(**{**fields, "grids": tuple((h, w) for h, w in fields["grids"])})
+        self.vocab = Vocab.of(manifest["vocab"])
         self.row_len = config.row_len
         self.fingerprint = str(manifest["fingerprint"])
-        listed: dict[str, dict[str, object]] = manifest["shards"]  # type: ignore[assignment]
+        listed: dict[str, dict[str, object]] = manifest["shards"]
         paths = sorted(config.shards / name for name in listed if name.startswith(config.prefix))
         if not paths:
             raise FileNotFoundError(f"{config.shards} lists no shard named {config.prefix}*.tar")

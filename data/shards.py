@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
 
 from data.document import Document
 
@@ -89,7 +90,7 @@ def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: i
 def write_tar(path: Path, samples: Iterable[dict[str, object]]) -> None:
     """Write samples beside `path` and rename: a reader never sees half a shard. Same samples, same bytes."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+    with partial.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
         for sample in samples:
             tar.write(sample)
     partial.rename(path)
@@ -110,8 +111,8 @@ def samples(path: Path) -> Iterator[dict[str, bytes | str]]:
         with path.open("rb") as stream:
             if not _ends_as_tar(stream):
                 raise ValueError("the two empty blocks that end a tar are missing")
-            files = wds.tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
-            for sample in wds.tariterators.group_by_keys(files):
+            files = tar_file_expander([{"url": str(path), "stream": stream}])
+            for sample in group_by_keys(files):
                 yield sample
                 whole += 1
     except (ValueError, OSError, EOFError, tarfile.TarError) as error:

@@ -11,6 +11,7 @@ Letters: T text pieces, C control tokens, K codes a book, M books, h w code grid
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -123,5 +124,10 @@ class Vocab:
 
     @classmethod
     def load(cls, path: Path) -> "Vocab":
-        fields = json.loads(Path(path).read_text())
-        return cls(**{**fields, "grids": tuple((h, w) for h, w in fields["grids"])})
+        return cls.of(json.loads(Path(path).read_text()))
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Vocab":
+        """From plain values, as saved or as in a manifest."""
+        return cls(text_size=fields["text_size"], codebook_size=fields["codebook_size"], num_books=fields["num_books"],
+                   grids=tuple((h, w) for h, w in fields["grids"]))

@@ -259,12 +259,35 @@ def describe(args: Describe) -> None:
     say(engine.describe(to_tensor(to_array(fit(picture, engine.visual.image_size))[None]), args.question)[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Chat in the terminal: text and pictures in, text and pictures out."""
+
+    model: Path
+    """Tuned model folder."""
+    out: Path = Path("pictures")
+    """Folder for what it draws."""
+    seed: int = 0
+    """Of its pictures."""
+    guidance: float = 1.0
+    """How much more than without the text; 1 is none."""
+    temperature: float = 0.3
+    """Of the image codes; 0 takes the likeliest."""
+
+
+def chat(args: Chat) -> None:
+    from mmllm.serve.chat import main
+
+    main(args.model, args.out, args.seed, args.guidance, args.temperature)
+
+
 DATACLASS_VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "data scenes": (Scenes, data_scenes), "data convert": (Convert, data_convert), "data encode": (Encode, data_encode),
     "text-tokenizer train": (TrainText, text_train), "export": (Export, export_model),
-    "generate": (Generate, generate), "describe": (Describe, describe),
+    "generate": (Generate, generate), "describe": (Describe, describe), "chat": (Chat, chat),
 }
-POSITIONAL = {"export": ("checkpoint",), "generate": ("model", "prompt"), "describe": ("model", "picture", "question")}
+POSITIONAL = {"export": ("checkpoint",), "generate": ("model", "prompt"), "describe": ("model", "picture", "question"),
+              "chat": ("model",)}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {"quickstart": quickstart, "pretrain": pretrain, "sft": sft}
 
 
@@ -306,6 +329,7 @@ def _named(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning thread starves its partner on a busy machine
     words = sys.argv[1:]
     debug = "--debug" in words
     if debug:

@@ -17,10 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from data.chat import ChatLoader
-from data.loader import DataConfig, Row, assemble
+from data.loader import DataConfig, Loader, Row, assemble
 from mmllm import hf
+from mmllm.generate.engine import Engine
+from mmllm.generate.sample import Sampling
 from mmllm.run import read_metrics
-from mmllm.runs.sft import Sft, check, learning_rate, main
+from mmllm.runs.sft import STOPPED, Sft, check, learning_rate, main
 from mmllm.runs.sft_loss import AssistantLoss, _least_padding, document_groups
 
 
@@ -119,6 +121,38 @@ def test_every_mistake_in_a_recipe_is_named_at_once(world: Path) -> None:
         assert line in str(error.value)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_was_learned_by_heart_is_drawn_and_answered(tmp_path: Path, chat: bool) -> None:
+    """Prompts of the engine are the beginnings of what a model is trained on, conversations or plain documents."""
+    shards = tiny_model.token_shards(tmp_path / "shards", documents=4)
+    config = DataConfig(shards=shards, row_len=256, draw_ratio=0.5, drop_text=0.0)
+    model_folder = tiny_model.folder(tmp_path / "m", std=0.1)
+    encode = tiny_model.text_tokenizer().encode
+    rows = ChatLoader(config, encode) if chat else Loader(config)
+    from transformers import AutoModelForCausalLM
+    model = AssistantLoss(AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(150):
+        loss, sums = model(document_groups([rows.row(2 * step), rows.row(2 * step + 1)]), rows.vocab.first_image)
+        (loss / (sums[1] + sums[3])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 150)
+    learned = {name.removeprefix("causal."): p for name, p in model.named_parameters()}
+    hf.write_folder(tmp_path / "learned", learned, tiny_model.model(), rows.vocab, model_folder / "text.model",
+                    model_folder / "visual_tokenizer", chat)
+    engine, documents = Engine.load(tmp_path / "learned", "cpu"), Loader(config)
+    for number in range(4):
+        document, text = documents.document(number), tiny_model.text_tokenizer()
+        said = [text.decode(document.part(i).tolist()) for i in range(1, 7)]  # text, caption, two questions with answers
+        codes = rows.vocab.codes(document.part(0), 3, 3)
+        for caption in said[:2]:
+            assert (engine.draw([caption], sampling=Sampling(temperature=0))[0, 0] == codes).all()
+        assert engine.describe(codes[None]) == said[:1]
+        assert engine.describe(np.stack([codes, codes]), [said[2], said[4]]) == [said[3], said[5]]
+
+
 # Two ranks --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -156,6 +190,26 @@ def test_the_tuned_folder_chats_and_opens_with_stock_classes(world: Path, tuned:
     assert AutoModelForCausalLM.from_pretrained(tuned).config.vocab_size == folder.vocab.size
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "precision", "rel"), [(0, "fp32", 1e-4), (1, "fp32", 1e-4), (3, "fp32", 1e-4),
+                                                              (2, "bf16", 2e-2), (3, "bf16", 2e-2)])
+def test_every_stage_and_precision_takes_the_same_steps(world: Path, tuned: Path, tmp_path: Path, zero_stage: int,
+                                                        precision: str, rel: float) -> None:
+    folder = main(recipe(world, tmp_path / "run", zero_stage=zero_stage, precision=precision, micro_batch=1))
+    ours, theirs = (read_metrics(out) for out in (tmp_path / "run", world / "run"))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=rel)
+    tensors, expected = hf.open_folder(folder).tensors(), hf.open_folder(tuned).tensors()
+    assert all(torch.allclose(tensors[name], expected[name], atol=20 * rel) for name in expected)
+
+
+def start(settings: Sft, folder: Path) -> subprocess.Popen[bytes]:
+    """The run in a process of its own, whose whole group can be killed."""
+    (folder / "recipe.pickle").write_bytes(pickle.dumps(settings))
+    code = "import pickle, sys; from mmllm.runs.sft import main; main(pickle.load(open(sys.argv[1], 'rb')))"
+    return subprocess.Popen([sys.executable, "-c", code, str(folder / "recipe.pickle")], start_new_session=True,
+                            stdout=subprocess.DEVNULL)
+
+
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     for _ in range(1200):
         if path.exists() or process.poll() is not None:
@@ -165,10 +219,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 def test_killed_and_started_again_it_ends_with_the_same_bits(world: Path, tuned: Path, tmp_path: Path) -> None:
     again = replace(recipe(world, tmp_path / "run"), save_every=2)
-    (tmp_path / "recipe.pickle").write_bytes(pickle.dumps(again))
-    code = "import pickle, sys; from mmllm.runs.sft import main; main(pickle.load(open(sys.argv[1], 'rb')))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.pickle")], start_new_session=True,
-                               stdout=subprocess.DEVNULL)
+    process = start(again, tmp_path)
     wait_for(again.out / "checkpoints" / "newest.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -178,12 +229,22 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(world: Path, tuned:
     assert [r["loss"] for r in read_metrics(again.out)] == [r["loss"] for r in read_metrics(world / "run")]
 
 
+@pytest.mark.slow
+def test_told_to_stop_it_saves_and_says_so(world: Path, tuned: Path, tmp_path: Path) -> None:
+    settings = recipe(world, tmp_path / "run")
+    process = start(replace(settings, steps=2000), tmp_path)
+    wait_for(settings.out / "metrics.jsonl", process)
+    time.sleep(2)
+    process.terminate()
+    assert process.wait() == STOPPED and (settings.out / "checkpoints" / "newest.json").is_file()
+
+
 def test_token_shards_of_another_tokenizer_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:
     tiny_model.token_shards(tmp_path / "shards", documents=4, books=1)
     data = DataConfig(shards=tmp_path / "shards", row_len=192)
     with pytest.raises(ValueError, match="encoded under fingerprint"):
         main(recipe(world, tmp_path / "run", data=data))
-    assert not (tmp_path / "run" / "hf").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_model_is_refused_before_ranks_start(world: Path, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ class ToyRows:
 
 def tiny(out: Path, **changes: Any) -> Pretrain:
     """A recipe that runs in seconds."""
-    recipe = Pretrain(out=out, steps=20, global_batch=4, seed=3, precision="fp32", log_every=1,
-                      image_loss_weight=0.5, model=TINY, optim=Optim(lr=3e-3, warmup_steps=4), data=DataConfig(shards=Path("toy"), row_len=256))
+    recipe = Pretrain(
+        out=out, steps=20, global_batch=4, seed=3, precision="fp32", log_every=1, image_loss_weight=0.5, model=TINY,
+        optim=Optim(lr=3e-3, warmup_steps=4), data=DataConfig(shards=Path("toy"), row_len=256))
     return replace(recipe, **changes)
 
 

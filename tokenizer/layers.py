@@ -58,6 +58,11 @@ class LinearPatches(nn.Module):
     """A patch as its projection on the principal axes of many: the best linear code; the latents of one book, or of
     several side by side. `start` fits it."""
 
+    colour: Tensor
+    """[3] mean colour, which latents are relative to"""
+    basis: Tensor
+    """[Σ dims, 3 P P] orthogonal rows of one length"""
+
     def __init__(self, patch_size: int, dims: tuple[int, ...]) -> None:
         super().__init__()
         self.patch_size, self.dims = patch_size, dims

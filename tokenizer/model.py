@@ -164,10 +164,9 @@ class VisualTokenizer(nn.Module):
                                         "Name a folder that `mmllm tokenizer train` wrote")
         settings, weights = (folder / "config.json").read_text(), (folder / "model.safetensors").read_bytes()
         fields = json.loads(settings)
-        text_shape, quantizer = fields.pop("text_shape"), fields.pop("quantizer")
+        text_shape, tower, quantizer = (fields.pop(name) for name in ("text_shape", "tower", "quantizer"))
         quantizer["pixel_dims"] = tuple(quantizer["pixel_dims"])
-        config = TokenizerConfig(**{**fields, "tower": TowerConfig(**fields["tower"]),
-                                    "quantizer": QuantizerConfig(**quantizer)})
+        config = TokenizerConfig(tower=TowerConfig(**tower), quantizer=QuantizerConfig(**quantizer), **fields)
         model = cls(config, torch.zeros(text_shape), torch.zeros(text_shape[0], dtype=torch.long))
         model.load_state_dict(safetensors.torch.load(weights))
         model.fingerprint = _fingerprint(settings, weights)

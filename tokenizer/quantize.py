@@ -147,11 +147,12 @@ class SharedIndexQuantizer(nn.Module):
             self.usage[m].lerp_(share, 1 - momentum)
 
     @torch.no_grad()
-    def revive(self, semantic: Tensor, pixel: Tensor, below: float = 0.03, seed: int = 0) -> int:
-        """Move codes used less than `below` of their fair share onto random latents of this batch. → how many."""
+    def revive(self, pixel: Tensor, below: float = 0.03, seed: int = 0) -> int:
+        """Move codes used less than `below` of their fair share onto random latents [n, Σ dp]; each takes the phrase of the
+        nearest living code. → how many."""
         generator = torch.Generator().manual_seed(seed)
         revived = 0
-        for m, (s, p) in enumerate(self.split(semantic, pixel)):
+        for m, p in enumerate(pixel.float().split(self.config.pixel_dims, -1)):
             dead = (self.usage[m] < below).nonzero().squeeze(-1)
             dead = dead[torch.randperm(len(dead), generator=generator)[:len(p)]]
             picks = torch.randperm(len(p), generator=generator)[:len(dead)]

@@ -44,9 +44,8 @@ def commit() -> str:
     """Of the source that runs, with + where it differs; unknown outside a checkout."""
     here = Path(__file__).parent
     try:
-        name = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-        return name + ("+" if dirty.strip() else "")
+        git = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -74,14 +73,16 @@ def _page(recipe: Mapping[str, Any], record: Mapping[str, Any], examples: Mappin
            f"cores ({html.escape(record['machine']['cpu'])}), seed {record['seed']}, commit {record['commit'][:10]}.</p>")
     yield "<div class=cards>" + "".join(f"<div><b class=big>{value}</b><span>{name}</span></div>"
                                         for name, value in _headline(record, own)) + "</div>"
-    yield "<h2>It draws</h2>" + _note(own, "Prompt below each picture; a program read each picture back and judged it whole: every object, "
-                                      "colour, count and place right and nothing besides.", "Each picture was drawn from the caption below it, "
-                                      "which training never saw with its picture.")
+    drawn = ("Each picture was drawn from the caption below it, which was held out of training." if own else
+             "Prompt below each picture; a program read each picture back and judged it whole: every object, colour, count and place "
+             "right and nothing besides.")
+    yield f"<h2>It draws</h2><p>{drawn}</p>"
     if not own:
         yield _table("skill", record["generation"])
     yield from _groups(examples["drawings"], lambda d: _figure(d["picture"], d["prompt"], d["right"]), "skill")
-    yield "<h2>It sees</h2>" + _note(own, "What the model said of a picture it had not seen, and its answers.",
-                                     "The model's description, with the picture's own caption below.")
+    said = "The model's description, with the picture's own caption below." if own else \
+        "What the model said of pictures it had not seen, and its answers."
+    yield f"<h2>It sees</h2><p>{said}</p>"
     if not own:
         yield _table("", {split: {"caption exact": s["caption_exact"], **{f"answers: {k}": v for k, v in s["answers"].items()}}
                           for split, s in record["understanding"].items()})
@@ -104,25 +105,24 @@ def _headline(record: Mapping[str, Any], own: bool) -> list[tuple[str, str]]:
     if own:
         seen, drawn = record["understanding"], record["generation"]
         found = next(value for name, value in seen.items() if name.startswith("caption_among"))
-        return [("reconstruction PSNR", f"{tokenizer['psnr']:.1f} dB"), (f"right caption found among {round(1 / seen['chance'])}", f"{found:.0%}"),
-                ("drawn picture ↔ caption, CLIP score (real pictures: " f"{drawn['clip_score_of_real']:.2f})", f"{drawn['clip_score']:.2f}")]
+        return [("reconstruction PSNR", f"{tokenizer['psnr']:.1f} dB"),
+                (f"right caption found among {round(1 / seen['chance'])}", f"{found:.0%}"),
+                (f"CLIP score of drawn pictures (of real ones: {drawn['clip_score_of_real']:.2f})", f"{drawn['clip_score']:.2f}")]
     seen, drawn = record["understanding"]["seen"], record["generation"]["seen"]
-    return [("pictures drawn exactly right", f"{drawn['overall']:.0%}"), ("descriptions exactly right", f"{seen['caption_exact']:.0%}"),
-            ("questions answered right", f"{seen['answers']['overall']:.0%}"), ("scenes that survive the tokenizer", f"{tokenizer['scene_exact']:.0%}"),
+    return [("pictures drawn exactly right", f"{drawn['overall']:.0%}"),
+            ("descriptions exactly right", f"{seen['caption_exact']:.0%}"),
+            ("questions answered right", f"{seen['answers']['overall']:.0%}"),
+            ("scenes that survive the tokenizer", f"{tokenizer['scene_exact']:.0%}"),
             ("reconstruction PSNR", f"{tokenizer['psnr']:.1f} dB")]
 
 
-def _note(own: bool, scenes: str, pictures: str) -> str:
-    return f"<p>{pictures if own else scenes}</p>"
-
-
 def _table(name: str, scores: Mapping[str, Mapping[str, float]]) -> str:
-    rows = list(dict.fromkeys(key for columns in scores.values() for key in columns if key != "overall")) + ["overall"]
+    rows = [*dict.fromkeys(key for columns in scores.values() for key in columns if key != "overall"), "overall"]
     rows = [row for row in rows if any(row in columns for columns in scores.values())]
     head = "".join(f"<th>{TITLES.get(split, split)}" for split in scores)
-    return f"<table><tr><th>{name}{head}" + "".join(
-        f"<tr><td>{row.replace('_', ' ')}" + "".join(f"<td>{columns[row]:.2f}" if row in columns else "<td>–" for columns in scores.values())
-        for row in rows) + "</table>"
+    body = "".join(f"<tr><td>{row.replace('_', ' ')}" + "".join(f"<td>{columns[row]:.2f}" if row in columns else "<td>–"
+                                                                for columns in scores.values()) for row in rows)
+    return f"<table><tr><th>{name}{head}{body}</table>"
 
 
 def _groups(items: Sequence[Mapping[str, Any]], show: Any, second: str = "split") -> Iterable[str]:
@@ -150,9 +150,12 @@ def _figure(png: str, words: str, right: bool | None) -> str:
 
 
 def _description(item: Mapping[str, Any]) -> str:
-    answers = "".join(f"<br><span class=dim>{html.escape(a['question'])}</span> {_mark(a['answer'] == a['expected']) if item['right'] is not None else ''}"
-                      f"{html.escape(a['answer'] if item['right'] is not None else a['expected'])}" for a in item["answers"])
-    return f"<figure class=wide>{_image(item['picture'])}<figcaption>{_mark(item['right'])}<b>{html.escape(item['description'])}</b>{answers}</figcaption></figure>"
+    scored, answers = item["right"] is not None, ""
+    for a in item["answers"]:
+        words, mark = (a["answer"], _mark(a["answer"] == a["expected"])) if scored else (a["expected"], "")
+        answers += f"<br><span class=dim>{html.escape(a['question'])}</span> {mark}{html.escape(words)}"
+    caption = f"{_mark(item['right'])}<b>{html.escape(item['description'])}</b>{answers}"
+    return f"<figure class=wide>{_image(item['picture'])}<figcaption>{caption}</figcaption></figure>"
 
 
 def _reconstruction(item: Mapping[str, Any]) -> str:
@@ -170,7 +173,7 @@ def _curves(pretraining: Sequence[Mapping[str, Any]], tuning: Sequence[Mapping[s
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, title, records in zip(axes, ("pretraining", "instruction tuning"), (pretraining, tuning), strict=True):
         for name in ("text", "image"):
-            points = [(r["step"], r[f"loss/{name}"]) for r in records if r.get(f"loss/{name}") is not None]
+            points = [(r["step"], r[f"loss/{name}"]) for r in records if r.get(f"loss/{name}")]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name)
         axis.set(title=title, xlabel="step", ylabel="nats a token", ylim=(0, None))

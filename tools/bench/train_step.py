@@ -4,9 +4,8 @@ same packed rows.
     OMP_NUM_THREADS=1 python tools/bench/train_step.py [--trained 0.65] [--steps 6] [--dtype fp32]
 
 One process, so that the layers are compared and not the communication; time is the process's own (`process_time`), so
-other work on the machine counts for little. A step is forward, backward, clipping and AdamW. Hugging Face gets its
-better way of two: the packed row under a block-diagonal mask, or the row's documents as a padded batch, shortest
-padding first.
+other work on the machine counts for little. A step is forward, backward, clipping and AdamW. Hugging Face gets the
+better of two ways: the packed row under a block-diagonal mask, or the documents of the row as one padded batch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""Raw shards hold documents whole; what is damaged is named; what people bring is converted or refused with a reason."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from data import scene_shards, shards
+from data.convert import convert
+from data.document import Document
+from data.images import fit, load_image, to_array, to_png, to_tensor, to_uint8
+from data.scenes import World
+
+
+def png(seed: int = 0, size: int = 8) -> bytes:
+    return to_png(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
+
+
+DOCUMENTS = [Document(f"d{i}", ("before", png(i), "naïve ☃"), ("a caption",), (("how many?", "two"),), {"n": i}) for i in range(5)]
+
+
+def test_documents_survive_a_shard(tmp_path: Path) -> None:
+    paths = shards.write(DOCUMENTS, tmp_path, "train", shard_len=2)
+    assert [p.name for p in paths] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert list(shards.read_all(shards.find(tmp_path, "train"))) == DOCUMENTS
+
+
+def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    shards.write(DOCUMENTS, tmp_path, "train")
+    samples = list(wds.WebDataset(str(tmp_path / "train-000000.tar"), shardshuffle=False))
+    assert [s["__key__"] for s in samples] == [d.key for d in DOCUMENTS]
+    assert samples[0]["1.png"] == DOCUMENTS[0].parts[1] and json.loads(samples[0]["json"])["texts"] == ["before", None, "naïve ☃"]
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        shards.write(DOCUMENTS, tmp_path / name, "x")
+    assert (tmp_path / "a/x-000000.tar").read_bytes() == (tmp_path / "b/x-000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [100, 512, 1024, 1536, 4000])
+def test_a_truncated_tar_is_named_wherever_it_is_cut(tmp_path: Path, cut: int) -> None:
+    (path,) = shards.write(DOCUMENTS, tmp_path, "train")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"train-000000.tar is truncated"):
+        list(shards.read(path))
+
+
+@pytest.mark.parametrize(("members", "said"), [
+    ({"a.txt": b"x"}, "has no a.json"),
+    ({"a.json": b"{"}, "is no document"),
+    ({"a.json": b'{"texts": ["x"], "images": ["0.png"]}'}, "must be null"),
+    ({"a.json": b'{"texts": [null], "images": ["0.png"]}'}, "names picture 0.png"),
+])
+def test_a_sample_that_is_no_document_is_named_with_its_shard(tmp_path: Path, members: dict[str, bytes], said: str) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=rf"s.tar: sample a.*{said}"):
+        list(shards.read(tmp_path / "s.tar"))
+
+
+def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        shards.find(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        shards.find(tmp_path / "none")
+
+
+def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'a.b' holds a dot"):
+        shards.write([Document("a.b", ("x",))], tmp_path, "t")
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    out = io.BytesIO()
+    picture = Image.new(mode, (5, 4))
+    picture.save(out, format="tiff" if mode == "CMYK" else "png")
+    assert load_image(out.getvalue()).mode == "RGB"
+
+
+def test_transparent_becomes_white() -> None:
+    out = io.BytesIO()
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(out, format="png")
+    assert to_array(load_image(out.getvalue())).min() == 255
+
+
+def test_the_pixel_cap_is_checked_before_decoding() -> None:
+    with pytest.raises(ValueError, match=r"8x8 = 64 pixels, over the cap of 63: raise max_pixels"):
+        load_image(png(), max_pixels=63)
+
+
+def test_bytes_that_are_no_picture_are_refused() -> None:
+    for junk in (b"", b"nonsense", png()[:60]):
+        with pytest.raises(ValueError, match="does not decode"):
+            load_image(junk)
+
+
+def test_fitting_crops_the_middle() -> None:
+    wide = Image.fromarray(np.repeat(np.array([[[0] * 3, [255] * 3, [0] * 3]], np.uint8).repeat(10, 1), 10, 0))
+    assert fit(wide, 10).size == (10, 10) and to_array(fit(wide, 10))[5, 5].min() > 200
+
+
+def test_pixels_survive_the_tensor() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    assert np.array_equal(to_uint8(to_tensor(array)), array)
+
+
+# What people bring ------------------------------------------------------------------------------------------------
+
+def folder_of_pairs(folder: Path, count: int = 60) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"p{i:02d}.png").write_bytes(png(i))
+        (folder / f"p{i:02d}.txt").write_text(f"picture {i}\n")
+    return folder
+
+
+def test_a_folder_of_pairs_is_split_and_kept_whole(tmp_path: Path) -> None:
+    train, held, skipped = convert(folder_of_pairs(tmp_path / "in"), tmp_path / "out", size=8, held=0.2)
+    assert train + held == 60 and held > 3 and not skipped.causes
+    documents = list(shards.read_all(shards.find(tmp_path / "out")))
+    assert sorted(str(d.parts[1]) for d in documents) == sorted(f"picture {i}" for i in range(60))
+
+
+def test_img2dataset_shards_are_read(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "00000.tar")) as tar:
+        for i in range(40):
+            tar.write({"__key__": f"{i:09d}", "jpg": png(i), "txt": f"caption {i}", "json": {"caption": f"caption {i}"}})
+    train, held, _ = convert(tmp_path, tmp_path / "out", size=8, held=0.2)
+    assert train + held == 40
+
+
+def test_bad_pairs_are_counted_by_cause_and_the_first_is_named(tmp_path: Path) -> None:
+    source = folder_of_pairs(tmp_path / "in")
+    (source / "p07.png").write_bytes(b"junk")
+    (source / "p08.txt").unlink()
+    (source / "p09.png").unlink()
+    train, held, skipped = convert(source, tmp_path / "out", size=8, held=0.2, max_bad=0.1)
+    assert train + held == 57 and skipped.causes.total() == 3
+    assert skipped.first["picture without a caption"] == "p08" and skipped.first["caption without a picture"] == "p09"
+
+
+def test_past_the_budget_nothing_is_written(tmp_path: Path) -> None:
+    source = folder_of_pairs(tmp_path / "in", 20)
+    (source / "p01.png").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"1 of 20 samples are bad.*max_bad.*nothing was written"):
+        convert(source, tmp_path / "out", size=8, max_bad=0.01)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        convert(tmp_path, tmp_path / "out", size=8)
+
+
+# Scenes -----------------------------------------------------------------------------------------------------------
+
+def test_scene_documents_are_a_pure_function_of_their_number() -> None:
+    world = World.at_level(1)
+    whole = list(scene_shards.documents(world, 3, "train", 0, 20))
+    assert list(scene_shards.documents(world, 3, "train", 15, 5)) == whole[15:]
+    assert [len(d.parts) for d in whole].count(4) == 2 and len({d.key for d in whole}) == 20
