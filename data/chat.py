@@ -119,7 +119,7 @@ class ChatLoader:
         name = f"chat 1 {self.loader.plan_hash} {DRAW_REQUESTS} {DESCRIBE_REQUESTS}"
         self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._draw, self._describe = [encode(r) for r in DRAW_REQUESTS], [encode(r) for r in DESCRIBE_REQUESTS]
-        table = self.loader._table  # pyright: ignore[reportPrivateUsage]
+        table = self.loader.table
         self._keys, self._pairs = table.keys, np.flatnonzero(table.is_pair)
         if not len(self._pairs):
             raise ValueError(f"{config.shards} holds no picture with a text: conversations are made from pairs only")

@@ -99,7 +99,7 @@ class Loader:
             if not path.is_file() or path.stat().st_size != listed[path.name]["bytes"]:
                 raise ValueError(f"token shard {path} is missing or not the one in the manifest: encode it again")
         self._maps = [np.memmap(path, np.uint8, "r") for path in paths]
-        self._table = _Table.join([read_index(path) for path in paths])
+        self.table = Table.join([read_index(path) for path in paths])
         settings = {k: v for k, v in asdict(config).items() if k != "shards"}
         name = json.dumps([PLAN_VERSION, self.fingerprint, settings, [listed[p.name]["index"] for p in paths]])
         self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -107,10 +107,10 @@ class Loader:
 
     def __len__(self) -> int:
         """Documents."""
-        return len(self._table.keys)
+        return len(self.table.keys)
 
     def document(self, number: int) -> TokenDocument:
-        table = self._table
+        table = self.table
         first = int(table.offsets[number])
         return TokenDocument.from_bytes(self._maps[table.shard[number]][first:first + int(table.sizes[number])].data)
 
@@ -122,24 +122,24 @@ class Loader:
             epoch += 1
         members = self._rows(epoch)[number]
         return assemble([self.sequence(int(i), epoch) for i in members],
-                        tuple(str(self._table.keys[i]) for i in members), self.row_len, self.vocab.pad)
+                        tuple(str(self.table.keys[i]) for i in members), self.row_len, self.vocab.pad)
 
     def _rows(self, epoch: int) -> list[NDArray[np.int64]]:
         while len(self._epochs) <= epoch:
             number = len(self._epochs)
             order = np.random.default_rng((self.config.seed, number)).permutation(len(self))
-            lengths = self._table.sequence_lengths(self.config, number)[order]
+            lengths = self.table.sequence_lengths(self.config, number)[order]
             try:
                 rows = pack(lengths.tolist(), self.row_len, self.config.window)
             except ValueError as error:
-                worst = self._table.keys[order[int(lengths.argmax())]]
+                worst = self.table.keys[order[int(lengths.argmax())]]
                 raise ValueError(f"sample {worst}: {error}") from error
             self._epochs.append([order[row] for row in rows])
         return self._epochs[epoch]
 
     def sequence(self, number: int, epoch: int) -> Sequence_:
         """Document `number` as it is trained on in `epoch`."""
-        table, config = self._table, self.config
+        table, config = self.table, self.config
         doc, one = self.document(number), table.key_hash[number:number + 1]
         task = int(table.tasks(config, epoch, number)[0])
         if task == docs.INTERLEAVED:
@@ -155,7 +155,7 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """The indexes of all shards, joined; what each document is and how long its parts are."""
 
     keys: NDArray[np.str_]
@@ -170,7 +170,7 @@ class _Table:
     """One picture with a text: may be drawn or described. Everything else is read in order."""
 
     @classmethod
-    def join(cls, indexes: list[Index]) -> "_Table":
+    def join(cls, indexes: list[Index]) -> "Table":
         starts = np.cumsum([0] + [len(index.kinds) for index in indexes])
         first_part = np.concatenate([index.first_part[:-1] + start for index, start in zip(indexes, starts, strict=False)]
                                     + [starts[-1:]])

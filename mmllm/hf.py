@@ -118,7 +118,7 @@ def write_folder(out: Path, tensors: Mapping[str, Tensor], model: Model, vocab: 
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     ends = {"bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad}
     with replaced(out) as folder:
-        _dump(folder / "config.json", {**model_config(model, vocab, max_len), **ends, "dtype": dtype})
+        _dump(folder / "config.json", {**model_config(model, vocab.size, max_len), **ends, "dtype": dtype})
         # a user's turn ends an answer too: pretraining documents ask on
         _dump(folder / "generation_config.json", {**ends, "eos_token_id": [vocab.eos, vocab.user]})
         _write_tensors(folder, tensors)
@@ -130,11 +130,11 @@ def write_folder(out: Path, tensors: Mapping[str, Tensor], model: Model, vocab: 
             "text.model": text.fingerprint, "visual_tokenizer": fingerprint(folder / "visual_tokenizer")}})
 
 
-def model_config(model: Model, vocab: Vocab, max_len: int) -> dict[str, Any]:
+def model_config(model: Model, vocab_size: int, max_len: int) -> dict[str, Any]:
     """config.json of the stock architecture with this shape."""
     kind, name = ("qwen3", "Qwen3ForCausalLM") if model.qk_layernorm else ("llama", "LlamaForCausalLM")
     return {
-        "architectures": [name], "model_type": kind, "vocab_size": vocab.size, "max_position_embeddings": max_len,
+        "architectures": [name], "model_type": kind, "vocab_size": vocab_size, "max_position_embeddings": max_len,
         "num_hidden_layers": model.num_layers, "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size, "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.groups, "head_dim": model.head_width, "hidden_act": "silu",

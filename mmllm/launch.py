@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import gc
 import importlib
 import os
@@ -33,6 +34,10 @@ DEBUG_VARIABLE = "MMLLM_DEBUG"
 """Set to show tracebacks of refused runs too."""
 
 
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A rank that waits longer for another takes it for dead."""
+
+
 class RankFailed(RuntimeError):
     """A rank ended with an error; its own words are the message."""
 
@@ -40,6 +45,31 @@ class RankFailed(RuntimeError):
 def under_torchrun() -> bool:
     """Somebody else started the ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join() -> None:
+    """Join torch's process group, once a process: under torchrun by its environment, else by the socket that `launch` left open.
+    NCCL where there is CUDA, gloo elsewhere."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    listen_fd = os.environ.get("MMLLM_LISTEN_FD")
+    if "MASTER_PORT" in os.environ and listen_fd is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    if ranks == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, timeout=TIMEOUT,
+                              master_listen_fd=int(listen_fd) if rank == 0 and listen_fd else None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
 
 
 def launch(function: str, argument: Any, ranks: int) -> None:

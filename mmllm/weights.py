@@ -94,15 +94,3 @@ def export_weights(checkpoint: Path, dtype: torch.dtype | None = None) -> dict[s
     model, vocab_size = read_model(checkpoint)
     tensors = to_hugging_face(read_tensors(checkpoint), model, vocab_size)
     return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def hugging_face_config(model: Model, vocab_size: int, max_positions: int) -> dict[str, Any]:
-    """The fields of `config.json` that describe the decoder: Qwen3 with QK norm, Llama without."""
-    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if model.qk_layernorm else ("llama", "LlamaForCausalLM")
-    return {
-        "model_type": kind, "architectures": [architecture], "vocab_size": vocab_size, "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size, "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.groups,
-        "head_dim": model.head_width, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rotary_base, "max_position_embeddings": max_positions,
-        "tie_word_embeddings": model.tie_embeddings, "attention_bias": False, "initializer_range": model.init_std}

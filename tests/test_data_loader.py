@@ -31,7 +31,7 @@ def test_a_token_document_says_what_the_raw_one_says() -> None:
     world, rows = small_world(), loader()
     raw = {d.key: d for d in shards.read_all(shards.find(world.raw, "train-"))}
     for number in range(len(rows)):
-        document = raw[str(rows._table.keys[number])]
+        document = raw[str(rows.table.keys[number])]
         tokens = rows.document(number)
         texts = [world.text.decode(tokens.part(i).tolist()) for i, kind in enumerate(tokens.kinds) if kind != IMAGE]
         said = [p for p in document.parts if isinstance(p, str)] + [*document.captions] + [w for q in document.questions for w in q]
@@ -44,13 +44,13 @@ def test_a_token_document_says_what_the_raw_one_says() -> None:
 def test_every_document_is_in_exactly_one_row_of_an_epoch() -> None:
     rows = loader()
     keys = [key for n in range(len(rows._rows(0))) for key in rows.row(n).keys]
-    assert sorted(keys) == sorted(map(str, rows._table.keys)) and len(keys) == 96
+    assert sorted(keys) == sorted(map(str, rows.table.keys)) and len(keys) == 96
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_the_index_alone_gives_the_length_of_every_sequence(epoch: int) -> None:
     rows = loader()
-    lengths = rows._table.sequence_lengths(rows.config, epoch)
+    lengths = rows.table.sequence_lengths(rows.config, epoch)
     assert [len(rows.sequence(i, epoch).ids) for i in range(len(rows))] == lengths.tolist()
 
 
@@ -81,7 +81,7 @@ def test_epochs_differ_in_order_and_in_choices() -> None:
 
 def test_the_share_of_drawn_and_of_dropped_follows_the_recipe() -> None:
     vocab, rows = small_world().vocab, loader(draw_ratio=0.5, drop_text=0.3)
-    first = [rows.sequence(i, e).ids.tolist() for e in range(12) for i in range(len(rows)) if rows._table.is_pair[i]]
+    first = [rows.sequence(i, e).ids.tolist() for e in range(12) for i in range(len(rows)) if rows.table.is_pair[i]]
     drawn = [s for s in first if s[-2] == vocab.eoi]
     blank = [s for s in drawn if s[1] == vocab.boi]
     assert abs(len(drawn) / len(first) - 0.5) < 0.06 and abs(len(blank) / len(drawn) - 0.3) < 0.07

@@ -9,9 +9,10 @@ import torch
 
 from data.loader import DataConfig
 from mmllm.config import Model, Optim, Parallel, Pretrain, recipe_fields
+from mmllm.hf import model_config
 from mmllm.megatron import checkpoint, optim, parallel
 from mmllm.megatron.model import build
-from mmllm.weights import export_weights, hugging_face_config, join_qkv, read_model, split_qkv
+from mmllm.weights import export_weights, join_qkv, read_model, split_qkv
 
 BASE = Model(num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, init_std=0.3)
 SHAPES = {"qwen3": BASE, "grouped": replace(BASE, num_query_groups=2, head_dim=16),
@@ -40,7 +41,7 @@ def test_exported_weights_give_the_logits_of_megatron(name: str, tmp_path: Path,
     shape, size = read_model(saved)
     assert (shape, size) == (SHAPES[name], vocab_size)
 
-    fields = hugging_face_config(shape, size, max_positions=64)
+    fields = model_config(shape, size, max_len=64)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
     tensors = export_weights(saved)
     if shape.tie_embeddings:

@@ -1,13 +1,11 @@
 """Process groups: which rank does which part of the model and of the batch.
 
 The one distinction: a *place* (`Layout`) is plain numbers that the rest of the code reads; the process groups behind it
-are megatron-core's, made here and taken down here. Nothing else initialises or destroys anything distributed.
+are megatron-core's, made here and taken down here.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,9 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from mmllm.config import Parallel
-
-TIMEOUT = datetime.timedelta(minutes=10)
-"""A rank that waits longer for another takes it for dead."""
+from mmllm.launch import TIMEOUT, join
 
 
 @dataclass(frozen=True)
@@ -42,29 +38,6 @@ class Layout:
     @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
-
-
-def join() -> None:
-    """Join the process group, once a process: under torchrun by its environment, else by the socket that `mmllm.launch`
-    left open."""
-    if dist.is_initialized():
-        return
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if cuda else "gloo"
-    listen_fd = os.environ.get("MMLLM_LISTEN_FD")
-    if "MASTER_PORT" in os.environ and listen_fd is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        return
-    if ranks == 1:
-        store: dist.Store = dist.HashStore()
-    else:
-        port = int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0, timeout=TIMEOUT,
-                              master_listen_fd=int(listen_fd) if rank == 0 and listen_fd else None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
 
 
 def start(parallel: Parallel, seed: int) -> Layout:

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from data.loader import DataConfig, Row
 from data.vocab import Vocab
 from mmllm.config import Model, Optim, Pretrain
+from mmllm.hf import model_config
 from mmllm.megatron import optim, parallel
 from mmllm.megatron.batch import micro_batches
 from mmllm.megatron.model import build
 from mmllm.megatron.train import forward_backward
-from mmllm.weights import hugging_face_config
 
 VOCAB = Vocab(text_size=600, codebook_size=4096)
 MODEL = Model(num_layers=4, hidden_size=128, num_attention_heads=4, ffn_hidden_size=384)
@@ -78,7 +78,7 @@ def ours(recipe: Pretrain, rows: RandomRows) -> Callable[[int], None]:
 
 def theirs(recipe: Pretrain, rows: RandomRows, padded: bool) -> Callable[[int], None]:
     from transformers import AutoConfig, AutoModelForCausalLM
-    fields = hugging_face_config(recipe.model, VOCAB.size, 4096)
+    fields = model_config(recipe.model, VOCAB.size, 4096)
     config = AutoConfig.for_model(**fields, attn_implementation="sdpa", use_cache=False)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
