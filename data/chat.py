@@ -23,10 +23,13 @@ from data.vocab import Vocab
 
 Encode = Callable[[str], list[int]]
 Turn = Mapping[str, Any]
+Exchange = tuple[list[list[int]], list[list[int]]]
+"""Parts of ids that the user says, and those of the assistant's reply."""
 
 DRAW_REQUESTS = ("draw", "please draw", "draw a picture of")
 DESCRIBE_REQUESTS = ("describe the picture", "what do you see?", "what is in the picture?")
-SALT_TASK, SALT_TEXT, SALT_REQUEST, SALT_DROP, SALT_COUNT, SALT_ORDER = range(100, 106)
+SALT_TASK, SALT_TEXT, SALT_REQUEST, SALT_DROP, SALT_COUNT, SALT_MORE, SALT_PARTNER, SALT_ORDER = range(100, 108)
+MORE = 0.3
 BLOCK = 512  # documents packed together
 
 
@@ -84,39 +87,42 @@ def _sequence(turns: Sequence[tuple[str, Sequence[Sequence[int]]]], vocab: Vocab
 
 # From the pairs of pretraining ------------------------------------------------------------------------------------
 
-def draw(doc: TokenDocument, caption: int | None, request: Sequence[int], vocab: Vocab) -> Sequence_:
-    """"draw …" and the picture. `caption` is the number of a part; None drops all text, for guidance."""
+def blank(doc: TokenDocument, vocab: Vocab) -> Sequence_:
+    """The picture with all text dropped, for guidance."""
     picture = doc.kinds.index(IMAGE)
-    reply = image(doc.part(picture), doc.grids[picture], vocab)
-    if caption is None:
-        ids = [vocab.bos, *reply, vocab.eos]
-        return Sequence_(np.array(ids, np.int64), np.array([0, 0, 0, *[1] * (len(ids) - 3)], np.float32))
-    return _sequence([("user", [request, doc.part(caption).tolist()]), ("assistant", [reply])], vocab)
+    ids = [vocab.bos, *image(doc.part(picture), doc.grids[picture], vocab), vocab.eos]
+    return Sequence_(np.array(ids, np.int64), np.array([0, 0, 0, *[1] * (len(ids) - 3)], np.float32))
 
 
-def describe(doc: TokenDocument, caption: int | None, request: Sequence[int], order: Sequence[int],
-             vocab: Vocab) -> Sequence_:
-    """A picture with a request for its description (none if `caption` is None), then questions in `order`."""
+def drawing(doc: TokenDocument, caption: int, request: list[int], vocab: Vocab) -> list[Exchange]:
+    """"draw …" and the picture. `caption` is the number of a part."""
     picture = doc.kinds.index(IMAGE)
-    shown = image(doc.part(picture), doc.grids[picture], vocab)
+    return [([request, doc.part(caption).tolist()], [image(doc.part(picture), doc.grids[picture], vocab)])]
+
+
+def asking(doc: TokenDocument, described: list[int] | None, order: Sequence[int], shown: bool, vocab: Vocab) -> list[Exchange]:
+    """Talk about the picture: the request `described` with the description, then questions in `order` (numbers 0 …). The
+    user shows the picture first, unless it has been `shown`."""
     questions = [number for number, kind in enumerate(doc.kinds) if kind == QUESTION]
-    exchanges = [] if caption is None else [(request, doc.part(caption).tolist())]
-    exchanges += [(doc.part(questions[n]).tolist(), doc.part(questions[n] + 1).tolist()) for n in order]
-    turns: list[tuple[str, Sequence[Sequence[int]]]] = []
-    for number, (asked, answered) in enumerate(exchanges):
-        turns += [("user", [shown, asked] if number == 0 else [asked]), ("assistant", [answered])]
-    return _sequence(turns, vocab)
+    said = [] if described is None else [(described, doc.part(doc.kinds.index(TEXT)).tolist())]
+    said += [(doc.part(questions[n]).tolist(), doc.part(questions[n] + 1).tolist()) for n in order]
+    exchanges: list[Exchange] = [([asked], [answered]) for asked, answered in said]
+    if exchanges and not shown:
+        picture = doc.kinds.index(IMAGE)
+        exchanges[0][0].insert(0, image(doc.part(picture), doc.grids[picture], vocab))
+    return exchanges
 
 
 class ChatLoader:
     """Rows of conversations made from token shards of pairs; as `data.loader.Loader`, a pure function of the number.
 
-    Half of what is shown is described first and then asked about; the other half is asked at once."""
+    A picture is drawn and sometimes asked about, or shown and described or asked about at once; in a share `MORE` of the
+    conversations a second picture follows."""
 
     def __init__(self, config: DataConfig, encode: Encode, fingerprint: str | None = None) -> None:
         self.config, self.loader = config, Loader(config, fingerprint)
         self.vocab, self.row_len = self.loader.vocab, config.row_len
-        name = f"chat 1 {self.loader.plan_hash} {DRAW_REQUESTS} {DESCRIBE_REQUESTS}"
+        name = f"chat 2 {self.loader.plan_hash} {DRAW_REQUESTS} {DESCRIBE_REQUESTS}"
         self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._draw, self._describe = [encode(r) for r in DRAW_REQUESTS], [encode(r) for r in DESCRIBE_REQUESTS]
         table = self.loader.table
@@ -146,22 +152,40 @@ class ChatLoader:
 
     def sequence(self, number: int, epoch: int) -> Sequence_:
         """Document `number` as a conversation in `epoch`."""
-        doc, key = self.loader.document(number), str(self._keys[number])
-        digest = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8")
+        doc, chance = self.loader.document(number), self._chances(number, epoch)
+        if chance(SALT_TASK) < self.config.draw_ratio and chance(SALT_DROP) < self.config.drop_text:
+            return blank(doc, self.vocab)
+        exchanges = self._exchanges(number, epoch)
+        alone = self._join(exchanges)
+        if chance(SALT_MORE) < MORE:
+            partner = int(self._pairs[int(chance(SALT_PARTNER) * len(self._pairs))])
+            both = self._join(exchanges + self._exchanges(partner, epoch))
+            if len(both.ids) <= self.row_len:
+                return both
+        return alone
 
-        def chance(salt: int) -> float:
-            return float(uniform(self.config.seed, digest, epoch, salt)[0])
-
+    def _exchanges(self, number: int, epoch: int) -> list[Exchange]:
+        """What is said about one document."""
+        doc, chance = self.loader.document(number), self._chances(number, epoch)
+        order = np.argsort([chance(SALT_ORDER + i) for i in range(doc.kinds.count(QUESTION))]).tolist()
         if chance(SALT_TASK) < self.config.draw_ratio:
             captions = [i for i, kind in enumerate(doc.kinds) if kind in (TEXT, CAPTION)]
             caption = captions[int(chance(SALT_TEXT) * len(captions))]
-            dropped = chance(SALT_DROP) < self.config.drop_text
-            return draw(doc, None if dropped else caption, _pick(self._draw, chance(SALT_REQUEST)), self.vocab)
-        count = doc.kinds.count(QUESTION)
-        order = np.argsort([chance(SALT_ORDER + i) for i in range(count)]).tolist()
-        first = chance(SALT_COUNT) < 0.5 or not count
-        caption, request = doc.kinds.index(TEXT) if first else None, _pick(self._describe, chance(SALT_REQUEST))
-        return describe(doc, caption, request, order, self.vocab)
+            drawn = drawing(doc, caption, _pick(self._draw, chance(SALT_REQUEST)), self.vocab)
+            then = order[:2] if chance(SALT_COUNT) < MORE else []
+            return drawn + asking(doc, None, then, True, self.vocab)
+        first = chance(SALT_COUNT) < 0.5 or not order
+        request = _pick(self._describe, chance(SALT_REQUEST)) if first else None
+        return asking(doc, request, order, False, self.vocab)
+
+    def _join(self, exchanges: list[Exchange]) -> Sequence_:
+        turns = [turn for asked, answered in exchanges for turn in (("user", asked), ("assistant", answered))]
+        return _sequence(turns, self.vocab)
+
+    def _chances(self, number: int, epoch: int) -> Callable[[int], float]:
+        """A document's choices in an epoch: salt → a number in [0, 1)."""
+        key = self.loader.table.key_hash[number:number + 1]
+        return lambda salt: float(uniform(self.config.seed, key, epoch, salt)[0])
 
 
 def _pick(choices: list[list[int]], u: float) -> list[int]:

@@ -10,6 +10,7 @@ Grammar, version 1 (h w code grid, M books):
     image        <boi> <grid_HxW> code × h·w·M <eoi>
     draw         <bos> caption image <eos>                          loss on the image and <eos>
     describe     <bos> image text (<user> question <assistant> answer)* <eos>    loss on text, answers and their ends
+                 or the text last, as the answer to an empty question, so that answers are read off the picture too
     interleaved  <bos> (text | image)* <eos>                        loss on everything but <grid>
 
 Letters: n ids of a sequence, p parts.
@@ -152,19 +153,24 @@ def draw(doc: TokenDocument, caption: int | None, vocab: Vocab) -> Sequence_:
     return out.done()
 
 
-def describe(doc: TokenDocument, order: Sequence[int], vocab: Vocab) -> Sequence_:
-    """Image → text, then the questions in `order` (numbers 0 …) with their answers."""
+def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab) -> Sequence_:
+    """Image → text and the questions in `order` (numbers 0 …) with their answers; the text directly behind the image, or last as
+    the answer to an empty question."""
     image, text = doc.kinds.index(IMAGE), doc.kinds.index(TEXT)
     questions = [number for number, kind in enumerate(doc.kinds) if kind == QUESTION]
+    turns = [(doc.part(questions[number]), doc.part(questions[number] + 1)) for number in order]
+    if not text_first:
+        turns.append((doc.part(text)[:0], doc.part(text)))
     out = _Writer(vocab)
     out.add([vocab.bos], 0)
     out.image(doc.part(image), doc.grids[image], 0, boi_weight=0)
-    out.add(doc.part(text), 1)
-    for number in order:
-        out.add([vocab.user], 1)  # the end of what came before: the description or an answer
-        out.add(doc.part(questions[number]), 0)
+    if text_first:
+        out.add(doc.part(text), 1)
+    for number, (question, answer) in enumerate(turns):
+        out.add([vocab.user], float(text_first or number > 0))  # the end of what came before: the description or an answer
+        out.add(question, 0)
         out.add([vocab.assistant], 0)
-        out.add(doc.part(questions[number] + 1), 1)
+        out.add(answer, 1)
     out.add([vocab.eos], 1)
     return out.done()
 

@@ -21,7 +21,7 @@ from data.packing import pack
 from data.vocab import Vocab
 
 PLAN_VERSION = 1
-SALT_TASK, SALT_CAPTION, SALT_DROP, SALT_QUESTION = range(4)
+SALT_TASK, SALT_CAPTION, SALT_DROP, SALT_FIRST, SALT_QUESTION = range(5)  # and on, a question each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class DataConfig:
     """Order of documents and every choice a document needs."""
     draw_ratio: float = 0.6
     """Share of picture–text pairs trained text → image; the others are described and asked about."""
+    describe_first: float = 0.5
+    """Share of described documents whose text comes before the questions; in the others it comes behind them."""
     drop_text: float = 0.1
     """Share of text → image documents whose text is dropped, for guidance."""
     window: int = 256
@@ -151,7 +153,8 @@ class Loader:
             return docs.draw(doc, None if dropped else prompts[choice], self.vocab)
         count = doc.kinds.count(QUESTION)
         order = np.argsort([uniform(config.seed, one, epoch, SALT_QUESTION + i)[0] for i in range(count)])
-        return docs.describe(doc, order.tolist(), self.vocab)
+        first = count == 0 or uniform(config.seed, one, epoch, SALT_FIRST)[0] < config.describe_first
+        return docs.describe(doc, order.tolist(), bool(first), self.vocab)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ class Table:
         prompt_lengths = np.append(self.lengths[prompt], 0)
         chosen = prompt_lengths[np.minimum(first + choice, len(prompt_lengths) - 1)]
         drawn = 2 + np.where(dropped, 0, chosen) + pictures
-        described = 2 + pictures + total(TEXT, QUESTION, ANSWER) + 2 * count(QUESTION)
+        first = (count(QUESTION) == 0) | (uniform(config.seed, self.key_hash, epoch, SALT_FIRST) < config.describe_first)
+        described = 2 + pictures + total(TEXT, QUESTION, ANSWER) + 2 * (count(QUESTION) + ~first)
         read = 2 + pictures + total(TEXT)
         return np.select([tasks == docs.DRAW, tasks == docs.DESCRIBE], [drawn, described], read).astype(np.int64)

@@ -15,6 +15,7 @@ from typing import Any
 from mmllm.launch import DEBUG_VARIABLE, USER_ERROR, RankFailed
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
 
 
 def recipe_of(name: str, kind: type) -> Any:
@@ -46,14 +47,21 @@ def _with_recipe(words: list[str], verb: str, kind: type, default: str | None = 
 
 
 def quickstart(words: list[str]) -> None:
-    """The whole pipeline on this machine; ends with a report to look at."""
+    """The whole pipeline on this machine; ends with a report to look at. --fast, --level 1|2|3 and --data choose the recipe."""
     from mmllm.runs.quickstart import Quickstart, main
 
     name = "quickstart"
-    if "--fast" in words:
-        words.remove("--fast")
-        name = "quickstart_fast"
-    main(_with_recipe([name, *words] if not words or words[0].startswith("-") else words, "quickstart", Quickstart))
+    for number, word in enumerate(words):
+        if word == "--fast":
+            name = "quickstart_fast"
+        elif word == "--data" or word.startswith("--data="):
+            name = "quickstart_pictures"
+        elif word.startswith("--level="):
+            name = LEVELS.get(word.partition("=")[2], name)
+        elif word == "--level" and number + 1 < len(words):
+            name = LEVELS.get(words[number + 1], name)
+    words = [word for word in words if word != "--fast"]
+    main(_with_recipe(words, "quickstart", Quickstart, name))
 
 
 def pretrain(words: list[str]) -> None:
@@ -69,6 +77,15 @@ def sft(words: list[str]) -> None:
     from mmllm.runs.sft import Sft, main
 
     say(f"tuned model: {main(_with_recipe(words, 'sft', Sft))}")
+
+
+def tokenizer_train(words: list[str]) -> None:
+    """Train teacher and visual tokenizer on the pairs of raw shards."""
+    import tyro
+
+    from mmllm.runs.train_tokenizer import TrainVisual, main
+
+    say(f"visual tokenizer: {main(tyro.cli(TrainVisual, args=words, prog='mmllm tokenizer train'))}")
 
 
 def say(line: str) -> None:
@@ -172,6 +189,28 @@ def text_train(args: TrainText) -> None:
     model = text.train((t for d in shards.read_all(shards.find(args.raw, "train-")) for t in texts_of(d)), args.size)
     model.save(args.out)
     say(f"{model.size} pieces → {args.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalVisual:
+    """Reconstruction and codebook use of a visual tokenizer on raw shards."""
+
+    tokenizer: Path
+    """Visual tokenizer, a folder."""
+    raw: Path
+    """Folder of raw shards."""
+    prefix: str = "seen-"
+    """Shards whose name starts so."""
+
+
+def tokenizer_eval(args: EvalVisual) -> None:
+    import json
+
+    from mmllm.evaluate.measure import tokenizer_scores
+    from mmllm.runs.train_tokenizer import pairs
+    from tokenizer.model import VisualTokenizer
+
+    say(json.dumps(tokenizer_scores(VisualTokenizer.load(args.tokenizer), pairs(args.raw, args.prefix)[0])[0], indent=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +322,13 @@ def chat(args: Chat) -> None:
 
 DATACLASS_VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "data scenes": (Scenes, data_scenes), "data convert": (Convert, data_convert), "data encode": (Encode, data_encode),
-    "text-tokenizer train": (TrainText, text_train), "export": (Export, export_model),
+    "text-tokenizer train": (TrainText, text_train), "tokenizer eval": (EvalVisual, tokenizer_eval), "export": (Export, export_model),
     "generate": (Generate, generate), "describe": (Describe, describe), "chat": (Chat, chat),
 }
 POSITIONAL = {"export": ("checkpoint",), "generate": ("model", "prompt"), "describe": ("model", "picture", "question"),
-              "chat": ("model",)}
-RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {"quickstart": quickstart, "pretrain": pretrain, "sft": sft}
+              "chat": ("model",), "tokenizer eval": ("tokenizer", "raw")}
+RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
+    "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft}
 
 
 def usage() -> str:
@@ -329,7 +369,6 @@ def _named(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning thread starves its partner on a busy machine
     words = sys.argv[1:]
     debug = "--debug" in words
     if debug:

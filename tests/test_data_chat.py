@@ -96,3 +96,14 @@ def test_rows_hold_drawing_describing_and_asking(loader: chat.ChatLoader) -> Non
             elif ids[0] == VOCAB.bos:
                 kinds["drawn"] += 1
     assert min(kinds.values()) > 3 and kinds["blank"] < kinds["drawn"] / 3
+
+
+def test_conversations_go_on_after_a_drawing_and_with_a_second_picture(loader: chat.ChatLoader) -> None:
+    asked_after, two = 0, 0
+    for number in range(60):
+        ids = loader.sequence(number, 0).ids.tolist()
+        asked_after += ids.count(VOCAB.boi) == 1 and ids[1:3] != [VOCAB.user, VOCAB.boi] and VOCAB.user in ids[ids.index(VOCAB.eoi):]
+        two += ids.count(VOCAB.boi) == 2
+        turns = [i for i in ids if i in (VOCAB.user, VOCAB.assistant)]
+        assert turns == [VOCAB.user, VOCAB.assistant] * (len(turns) // 2)
+    assert asked_after > 2 and two > 5

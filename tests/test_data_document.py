@@ -46,9 +46,15 @@ def test_a_dropped_caption_leaves_the_picture() -> None:
 
 
 def test_describing_trains_on_the_description_and_the_answers_with_their_ends() -> None:
-    sequence = describe(PAIR, [1, 0], V)
+    sequence = describe(PAIR, [1, 0], True, V)
     assert sequence.ids.tolist() == [V.bos, *PICTURE, 1, 2, 3, V.user, 9, V.assistant, 10, V.user, 6, 7, V.assistant, 8, V.eos]
     assert trained(sequence) == [1, 2, 3, V.user, 10, V.user, 8, V.eos]
+
+
+def test_a_description_may_come_last_as_the_answer_to_an_empty_question() -> None:
+    sequence = describe(PAIR, [1], False, V)
+    assert sequence.ids.tolist() == [V.bos, *PICTURE, V.user, 9, V.assistant, 10, V.user, V.assistant, 1, 2, 3, V.eos]
+    assert trained(sequence) == [10, V.user, 1, 2, 3, V.eos]
 
 
 def test_an_interleaved_document_is_read_in_order_and_its_grid_is_given() -> None:

@@ -110,8 +110,8 @@ def test_a_checkpoint_that_misses_a_file_is_named(run: Path, tmp_path: Path) -> 
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("", "quickstart", "pretrain", "sft", "data scenes", "data convert", "data encode", "text-tokenizer train", "export",
-                 "generate", "describe", "chat"):
+    for verb in ("", "quickstart", "pretrain", "sft", "data scenes", "data convert", "data encode", "text-tokenizer train",
+                 "tokenizer train", "tokenizer eval", "export", "generate", "describe", "chat"):
         result = mmllm(*verb.split(), "--help")
         assert result.returncode == 0 and len(result.stdout) > 200, (verb, result.stderr)
 

@@ -13,7 +13,7 @@ from data.scene_image import render
 from data.scenes import World
 from mmllm.runs.train_tokenizer import train_teacher, usable_rows
 from tokenizer.model import TokenizerConfig, VisualTokenizer
-from tokenizer.semantic import TowerConfig
+from tokenizer.semantic import Teacher, TowerConfig
 
 
 def pictures(count: int = 6) -> torch.Tensor:
@@ -69,6 +69,14 @@ def test_codes_are_named_by_words_of_the_captions() -> None:
 
 def test_pieces_in_nearly_every_text_name_nothing() -> None:
     assert usable_rows([[1, 2], [1, 3], [1, 3, 4]] * 5, size=6).tolist() == [2, 3, 4]
+
+
+def test_a_teacher_survives_its_file(tmp_path: Path) -> None:
+    teacher = small_world().teacher
+    teacher.save(tmp_path / "t.safetensors")
+    assert torch.equal(Teacher.load(tmp_path / "t.safetensors").image_embedding(pictures()), teacher.image_embedding(pictures()))
+    with pytest.raises(FileNotFoundError, match="there is no teacher"):
+        Teacher.load(tmp_path / "none")
 
 
 def test_training_twice_gives_the_same_teacher() -> None:

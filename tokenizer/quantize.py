@@ -31,7 +31,7 @@ CHUNK = 16_384
 class QuantizerConfig:
     """Sizes and weights of the quantizer."""
 
-    codebook_size: int = 256
+    codebook_size: int = 128
     """K: entries of each book."""
     pixel_dims: tuple[int, ...] = (6, 64)
     """dp of each book; as many books as numbers."""
@@ -180,21 +180,29 @@ class SharedIndexQuantizer(nn.Module):
 
 @torch.no_grad()
 def kmeans(x: Tensor, weight: Tensor, count: int, rounds: int, seed: int) -> Tensor:
-    """Weighted k-means: x [n, d], weight [n] → centres [count, d]. Empty clusters move to the worst-served points."""
+    """Weighted k-means: x [n, d], weight [n] → centres [count, d]. Started by k-means++ (Arthur and Vassilvitskii 2007, section 2.2),
+    so far-apart points get a centre each before any crowd gets two; empty clusters move to the worst-served points."""
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.multinomial(weight.double().cpu(), min(count, len(x)), replacement=False, generator=generator)
-    centres = x[picks.to(x.device)]
-    if len(centres) < count:  # fewer points than codes: the others wait, beside points that exist, to be revived
-        spare = torch.randint(len(x), (count - len(centres),), generator=generator).to(x.device)
-        noise = torch.randn(len(spare), x.shape[1], generator=generator).to(x)
-        return torch.cat([centres, x[spare] + noise * x.std() * 0.5])
+    centres = torch.empty(count, x.shape[1], device=x.device)
+    distance = torch.ones(len(x), device=x.device)
+    for number in range(count):
+        chance = (distance * weight).double().cpu()
+        if chance.sum() <= 0:  # fewer distinct points than codes: the others wait beside points that exist, to be revived
+            spare = torch.randint(len(x), (count - number,), generator=generator).to(x.device)
+            noise = torch.randn(len(spare), x.shape[1], generator=generator).to(x)
+            centres[number:] = x[spare] + 0.5 * noise * x.std()
+            return centres
+        centres[number] = x[int(torch.multinomial(chance, 1, generator=generator))]
+        away = (x - centres[number]).square().sum(-1)
+        distance = away if number == 0 else torch.minimum(distance, away)
     for _ in range(rounds):
         index = nearest(x, centres)
         total = torch.zeros_like(centres).index_add_(0, index, x * weight[:, None])
         mass = torch.zeros(count, device=x.device).index_add_(0, index, weight)
         error = (x - centres[index]).square().sum(-1) * weight
         empty = (mass == 0).nonzero().squeeze(-1)
-        centres = total / mass.clamp_min(1e-12)[:, None]
+        centres = torch.where(mass[:, None] > 0, total / mass.clamp_min(1e-12)[:, None], centres)
         if len(empty):
-            centres[empty] = x[error.topk(min(len(empty), len(x))).indices][:len(empty)]
+            worst = error.topk(min(len(empty), len(x))).indices
+            centres[empty[:len(worst)]] = x[worst]
     return centres

@@ -7,12 +7,16 @@ the caption's tokens is added (SuperClass, Huang et al. 2024, arXiv:2411.03313, 
 Letters: b batch, t text ids, T text pieces, c tower width, gh gw patch grid.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -88,6 +92,21 @@ class Teacher(nn.Module):
                                                    reduction="none").sum(-1).mean()
         terms = {"contrastive": contrastive, "words": words}
         return contrastive + word_weight * words, terms
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, sizes in its header."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), path, {"tower": json.dumps(asdict(self.config)), "text_size": str(self.text_size)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Teacher":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no teacher {path}: `mmllm tokenizer train` writes one")
+        with safe_open(path, "pt") as file:
+            sizes = file.metadata()
+            teacher = cls(TowerConfig(**json.loads(sizes["tower"])), int(sizes["text_size"]))
+            teacher.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return teacher.eval().requires_grad_(False)
 
 
 def recall_at_1(image: Tensor, text: Tensor) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from mmllm.evaluate.understanding import understanding
 from mmllm.generate.engine import Engine
 from mmllm.generate.sample import Sampling
 from tokenizer.model import VisualTokenizer
-from tokenizer.semantic import Teacher, TowerConfig, recall_at_1
+from tokenizer.semantic import Teacher, recall_at_1
 
 HELD = tuple(split for split in SPLITS if split != "train")
 DRAWING = Sampling(temperature=0.3)
@@ -90,7 +89,7 @@ def evaluate_scenes(out: Path, level: int, count: int, seed: int) -> tuple[dict[
     understood, seen = understanding(engine, world, HELD, count, seed)
     generated, drawn = generation(engine, world, HELD, count, seed, DRAWING)
     shown = [d for split in HELD for skill in generated[split] if skill != "overall"
-             for d in [d for d in drawn if (d.split, d.skill) == (split, skill)][:8]]
+             for d in [d for d in drawn if (d.split, d.skill) == (split, skill)][:7]]
     examples = {
         "reconstructions": rows,
         "drawings": [{"split": d.split, "skill": d.skill, "prompt": d.prompt, "right": d.right, "picture": png(d.picture)}
@@ -101,7 +100,7 @@ def evaluate_scenes(out: Path, level: int, count: int, seed: int) -> tuple[dict[
     return {"tokenizer": tokenizer, "understanding": understood, "generation": generated}, examples
 
 
-def evaluate_pictures(out: Path, tower: TowerConfig, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_pictures(out: Path, count: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """→ scores and examples of a run on pictures with captions, measured on those held out."""
     engine = Engine.load(out / "sft" / "hf")
     documents = list(shards.read_all(shards.find(out / "raw", "seen-")))[:count]
@@ -119,10 +118,9 @@ def evaluate_pictures(out: Path, tower: TowerConfig, count: int, seed: int) -> t
     found = _first_best(to_text, sets)
     drawn = engine.draw(captions, sampling=Sampling(temperature=0.8), seed=seed)[:, 0]
     made = to_uint8(engine.pictures(drawn))
-    teacher = Teacher(tower, engine.folder.text.size)
-    teacher.load_state_dict(safetensors.torch.load_file(out / "teacher.safetensors"))
+    teacher = Teacher.load(out / "teacher.safetensors")
     with torch.no_grad():
-        words = teacher.eval().text_embedding(teacher.text_batch([engine.folder.text.encode(c) for c in captions]))
+        words = teacher.text_embedding(teacher.text_batch([engine.folder.text.encode(c) for c in captions]))
         images, real = (teacher.image_embedding(to_tensor(p)) for p in (made, pictures))
     descriptions = engine.describe(codes)
     scores = {

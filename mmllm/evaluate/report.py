@@ -173,7 +173,7 @@ def _curves(pretraining: Sequence[Mapping[str, Any]], tuning: Sequence[Mapping[s
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     for axis, title, records in zip(axes, ("pretraining", "instruction tuning"), (pretraining, tuning), strict=True):
         for name in ("text", "image"):
-            points = [(r["step"], r[f"loss/{name}"]) for r in records if r.get(f"loss/{name}")]
+            points = [(r["step"], r[f"loss/{name}"]) for r in records if f"loss/{name}" in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name)
         axis.set(title=title, xlabel="step", ylabel="nats a token", ylim=(0, None))
