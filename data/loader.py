@@ -43,7 +43,7 @@ class DataConfig:
     drop_text: float = 0.1
     """Share of text → image documents whose text is dropped, for guidance."""
     window: int = 256
-    """Documents placed together while packing, and the most rows kept open."""
+    """Documents looked at to fill the end of a row."""
 
 
 @dataclass(frozen=True)

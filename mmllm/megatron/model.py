@@ -78,8 +78,7 @@ def _transformer_config(model: Model, layout: Layout, dtype: torch.dtype) -> Tra
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
         attention_dropout=0.0, hidden_dropout=0.0,
         # `initialize` fills the weights. But not perform_initialization=False: in 0.16.1 the weights would then lack
-        # the mark of
-        # being split, and the gradient norm under tensor parallelism would count one rank's part
+        # the mark of being split, and the gradient norm under tensor parallelism would count one rank's part
         init_method=leave, output_layer_init_method=leave, embedding_init_method=leave, use_cpu_initialization=not cuda,
         bf16=dtype == torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
