@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.document import CAPTION, IMAGE, QUESTION, TEXT, Sequence_, TokenDocument, uniform
+from data.document import CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, TokenSequence, uniform
 from data.loader import DataConfig, Loader, Row, assemble
 from data.packing import pack
 from data.vocab import Vocab
@@ -33,7 +33,7 @@ MORE = 0.3
 BLOCK = 512  # documents packed together
 
 
-def conversation(turns: Sequence[Turn], vocab: Vocab, encode: Encode) -> Sequence_:
+def conversation(turns: Sequence[Turn], vocab: Vocab, encode: Encode) -> TokenSequence:
     """A whole conversation, which ends in an assistant's turn."""
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError("a conversation to train on ends in an assistant's turn")
@@ -68,7 +68,7 @@ def _parts(turn: Turn, vocab: Vocab, encode: Encode) -> Sequence[list[int]]:
     return parts
 
 
-def _sequence(turns: Sequence[tuple[str, Sequence[Sequence[int]]]], vocab: Vocab) -> Sequence_:
+def _sequence(turns: Sequence[tuple[str, Sequence[Sequence[int]]]], vocab: Vocab) -> TokenSequence:
     """Turns of parts of ids, alternating from the user → ids and weights."""
     ids, weights = [vocab.bos], [0.0]
     for number, (role, parts) in enumerate(turns):
@@ -82,16 +82,16 @@ def _sequence(turns: Sequence[tuple[str, Sequence[Sequence[int]]]], vocab: Vocab
             weights += [float(learned)] * len(part)
             if part and part[0] == vocab.boi:
                 weights[1 - len(part)] = 0.0  # the grid
-    return Sequence_(np.array([*ids, vocab.eos], np.int64), np.array([*weights, 1.0], np.float32))
+    return TokenSequence(np.array([*ids, vocab.eos], np.int64), np.array([*weights, 1.0], np.float32))
 
 
 # From the pairs of pretraining ------------------------------------------------------------------------------------
 
-def blank(doc: TokenDocument, vocab: Vocab) -> Sequence_:
+def blank(doc: TokenDocument, vocab: Vocab) -> TokenSequence:
     """The picture with all text dropped, for guidance."""
     picture = doc.kinds.index(IMAGE)
     ids = [vocab.bos, *image(doc.part(picture), doc.grids[picture], vocab), vocab.eos]
-    return Sequence_(np.array(ids, np.int64), np.array([0, 0, 0, *[1] * (len(ids) - 3)], np.float32))
+    return TokenSequence(np.array(ids, np.int64), np.array([0, 0, 0, *[1] * (len(ids) - 3)], np.float32))
 
 
 def drawing(doc: TokenDocument, caption: int, request: list[int], vocab: Vocab) -> list[Exchange]:
@@ -150,7 +150,7 @@ class ChatLoader:
         self._rows += [[(documents[i], epoch) for i in row] for row in pack(lengths, self.row_len, self.config.window)]
         self._blocks += 1
 
-    def sequence(self, number: int, epoch: int) -> Sequence_:
+    def sequence(self, number: int, epoch: int) -> TokenSequence:
         """Document `number` as a conversation in `epoch`."""
         doc, chance = self.loader.document(number), self._chances(number, epoch)
         if chance(SALT_TASK) < self.config.draw_ratio and chance(SALT_DROP) < self.config.drop_text:
@@ -178,7 +178,7 @@ class ChatLoader:
         request = _pick(self._describe, chance(SALT_REQUEST)) if first else None
         return asking(doc, request, order, False, self.vocab)
 
-    def _join(self, exchanges: list[Exchange]) -> Sequence_:
+    def _join(self, exchanges: list[Exchange]) -> TokenSequence:
         turns = [turn for asked, answered in exchanges for turn in (("user", asked), ("assistant", answered))]
         return _sequence(turns, self.vocab)
 

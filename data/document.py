@@ -107,7 +107,7 @@ def uniform(seed: int, key_hash: NDArray[np.uint64], epoch: int, salt: int) -> N
 # Sequences --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Sequence_:
+class TokenSequence:
     """Ids [n] of one document and, for each, the loss weight of *predicting it* (0 for the first)."""
 
     ids: NDArray[np.int64]
@@ -132,8 +132,8 @@ class _Writer:
         self.add(codes, weight)
         self.add([vocab.eoi], weight)
 
-    def done(self) -> Sequence_:
-        return Sequence_(np.array(self.ids, np.int64), np.array(self.weights, np.float32))
+    def done(self) -> TokenSequence:
+        return TokenSequence(np.array(self.ids, np.int64), np.array(self.weights, np.float32))
 
 
 def image_length(codes: int) -> int:
@@ -141,7 +141,7 @@ def image_length(codes: int) -> int:
     return codes + 3
 
 
-def draw(doc: TokenDocument, caption: int | None, vocab: Vocab) -> Sequence_:
+def draw(doc: TokenDocument, caption: int | None, vocab: Vocab) -> TokenSequence:
     """Text → image. `caption` is the number of the part that is the prompt; None drops it, for guidance."""
     image = doc.kinds.index(IMAGE)
     out = _Writer(vocab)
@@ -153,7 +153,7 @@ def draw(doc: TokenDocument, caption: int | None, vocab: Vocab) -> Sequence_:
     return out.done()
 
 
-def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab) -> Sequence_:
+def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab) -> TokenSequence:
     """Image → text and the questions in `order` (numbers 0 …) with their answers; the text directly behind the image, or last as
     the answer to an empty question."""
     image, text = doc.kinds.index(IMAGE), doc.kinds.index(TEXT)
@@ -175,7 +175,7 @@ def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: 
     return out.done()
 
 
-def interleaved(doc: TokenDocument, vocab: Vocab) -> Sequence_:
+def interleaved(doc: TokenDocument, vocab: Vocab) -> TokenSequence:
     """Parts in reading order."""
     out = _Writer(vocab)
     out.add([vocab.bos], 0)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import document as docs
-from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, Sequence_, TokenDocument, uniform
+from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, TokenSequence, uniform
 from data.index import Index, read_index, read_manifest
 from data.packing import pack
 from data.vocab import Vocab
@@ -62,7 +62,7 @@ class Row:
     """Samples in the row, for a report of what was in a bad step."""
 
 
-def assemble(sequences: list[Sequence_], keys: tuple[str, ...], row_len: int, pad: int) -> Row:
+def assemble(sequences: list[TokenSequence], keys: tuple[str, ...], row_len: int, pad: int) -> Row:
     """Sequences side by side in one row, the rest padding."""
     tokens = np.full(row_len, pad, np.int64)
     labels = np.full(row_len, pad, np.int64)
@@ -139,7 +139,7 @@ class Loader:
             self._epochs.append([order[row] for row in rows])
         return self._epochs[epoch]
 
-    def sequence(self, number: int, epoch: int) -> Sequence_:
+    def sequence(self, number: int, epoch: int) -> TokenSequence:
         """Document `number` as it is trained on in `epoch`."""
         table, config = self.table, self.config
         doc, one = self.document(number), table.key_hash[number:number + 1]

@@ -9,8 +9,8 @@ from data.document import (
     IMAGE,
     QUESTION,
     TEXT,
-    Sequence_,
     TokenDocument,
+    TokenSequence,
     describe,
     draw,
     interleaved,
@@ -25,7 +25,7 @@ PAIR = TokenDocument(kinds=(IMAGE, TEXT, CAPTION, QUESTION, ANSWER, QUESTION, AN
 PICTURE = [V.boi, V.grid(2, 2), *CODES.tolist(), V.eoi]
 
 
-def trained(sequence: Sequence_) -> list[int]:
+def trained(sequence: TokenSequence) -> list[int]:
     return [int(i) for i, w in zip(sequence.ids, sequence.loss_weight, strict=True) if w > 0]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import chat
-from data.document import Sequence_
+from data.document import TokenSequence
 from mmllm.generate.engine import Engine
 
 BATCH = 64
@@ -27,7 +27,7 @@ def log_likelihood(engine: Engine, codes: NDArray[np.int32], captions: Sequence[
     vocab, encode = engine.folder.vocab, engine.folder.text.encode
     model = AutoModelForCausalLM.from_pretrained(engine.folder.path).eval()
 
-    def turns(asked: Any, replied: Any) -> Sequence_:
+    def turns(asked: Any, replied: Any) -> TokenSequence:
         return chat.conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": replied}], vocab, encode)
 
     def picture(number: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def log_likelihood(engine: Engine, codes: NDArray[np.int32], captions: Sequence[
 
 
 @torch.inference_mode()
-def _score(model: Any, sequences: Sequence[Sequence_], pad: int) -> tuple[Tensor, Tensor]:
+def _score(model: Any, sequences: Sequence[TokenSequence], pad: int) -> tuple[Tensor, Tensor]:
     """→ weighted log-probability of each sequence [p], and its weight [p]."""
     sums, counts = list[Tensor](), list[Tensor]()
     for first in range(0, len(sequences), BATCH):
