@@ -1,0 +1,33 @@
+"""Pretrain a decoder on packed rows: check the recipe, start the ranks.
+
+What each rank then does, step after step, is `mmllm.megatron.train`; this module imports nothing heavy, so a wrong
+recipe is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmllm import launch
+from mmllm.config import Pretrain, check, with_ranks
+
+STOPPED = 143
+"""Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
+
+
+def main(recipe: Pretrain) -> Path:
+    """Train to `recipe.steps`; returns the last checkpoint. Under torchrun this process is one rank, else ranks are
+    started here."""
+    if launch.under_torchrun():
+        recipe = with_ranks(recipe, int(os.environ["WORLD_SIZE"]))
+        check(recipe)
+        from mmllm.megatron.train import train
+        train(recipe)
+    else:
+        check(recipe)
+        launch.launch("mmllm.megatron.train:train", recipe, recipe.parallel.ranks)
+    checkpoint = recipe.out / "checkpoints" / f"step_{recipe.steps:07d}"
+    if not checkpoint.is_dir():
+        raise SystemExit(STOPPED)                                              # told to stop, saved, to be continued
+    return checkpoint
