@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmllm.config import Model
+from mmllm.manifest import verify
 
 LAYERS = "decoder.layers."
 
@@ -38,6 +39,7 @@ def read_model(checkpoint: Path) -> tuple[Model, int]:
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every weight of the model, whole, under megatron-core's names; the optimizer's state is left where it is."""
+    verify(checkpoint)
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     reader = FileSystemReader(str(checkpoint))

@@ -8,7 +8,6 @@ the run that saved and the one that loads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -26,9 +25,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from mmllm.manifest import MANIFEST, digest
 from mmllm.run import write_json
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 """Step, data position, recipe: what a reader needs without megatron-core or torch."""
 
@@ -89,11 +88,6 @@ def hashes(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted({name: entry for part in parts for name, entry in part.items()}.items()))
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path: Path) -> None:
     """Have the disk hold a file or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -112,20 +106,6 @@ def newest(folder: Path) -> Path | None:
     """The last finished checkpoint under a folder."""
     finished = whole(folder)
     return finished[-1] if finished else None
-
-
-def verify(checkpoint: Path) -> None:
-    """Refuse a checkpoint that lacks a file or holds a changed one."""
-    manifest_path = checkpoint / MANIFEST
-    advice = f"delete {checkpoint} to continue from the one before, or restore the file"
-    if not manifest_path.is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint} has no {MANIFEST}: {advice}")
-    for name, entry in json.loads(manifest_path.read_text())["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint {checkpoint} is missing the file {name}: {advice}")
-        if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
-            raise ValueError(f"checkpoint {checkpoint}: the file {name} is not the one that was saved: {advice}")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

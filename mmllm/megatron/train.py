@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.loader import Loader
 from mmllm.config import CONTINUABLE, Pretrain, recipe_fields, recipe_hash
+from mmllm.manifest import verify
 from mmllm.megatron import checkpoint, optim, parallel
 from mmllm.megatron.batch import MicroBatch, Rows, micro_batches
 from mmllm.megatron.loss import STATISTICS, means
@@ -138,7 +139,7 @@ def resume(start_from: Path, recipe: Pretrain, loader: Rows, model: DistributedD
     # one rank reads it all; the others hear the verdict
     if layout.rank == 0:
         try:
-            checkpoint.verify(start_from)
+            verify(start_from)
         except (ValueError, FileNotFoundError) as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem)

@@ -28,10 +28,10 @@ from data.encode import encode, fingerprint
 from data.loader import DataConfig, Loader
 from data.scenes import World
 from data.vocab import Vocab
-from mmllm.export import export
 from mmllm.config import Model, Optim, Parallel, Pretrain
 from mmllm.evaluate import report
 from mmllm.evaluate.measure import evaluate_pictures, evaluate_scenes
+from mmllm.export import export
 from mmllm.progress import Progress, say
 from mmllm.run import write_json
 from mmllm.runs import pretrain, sft
@@ -90,8 +90,8 @@ class Quickstart:
     def __post_init__(self) -> None:
         side = self.tokenizer.model.tower.image_size
         if self.data is None and World.at_level(self.level).image_size != side:
-            raise ValueError(f"scenes of level {self.level} are {World.at_level(self.level).image_size} px wide, the tokenizer takes {side}: "
-                             f"set tokenizer.model.tower.image_size, or use the recipe of that level")
+            raise ValueError(f"scenes of level {self.level} are {World.at_level(self.level).image_size} px wide, the tokenizer takes "
+                             f"{side}: set tokenizer.model.tower.image_size, or use the recipe of that level")
 
 
 def main(recipe: Quickstart) -> Path:
