@@ -14,4 +14,4 @@ RECIPE = Quickstart(
         model=TokenizerConfig(tower=TowerConfig(patch_size=4), channels=32,
                               quantizer=QuantizerConfig(codebook_size=1024, pixel_dims=(6, 16))),
         teacher=TeacherTraining(steps=300), tokenizer=TokenizerTraining(steps=200, lr=1e-3, start_patches=60_000)),
-    steps=900, save_every=300)
+    steps=600, save_every=300)
