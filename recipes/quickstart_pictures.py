@@ -13,5 +13,5 @@ RECIPE = Quickstart(
     tokenizer=TrainTokenizer(
         model=TokenizerConfig(tower=TowerConfig(patch_size=4), channels=32,
                               quantizer=QuantizerConfig(codebook_size=1024, pixel_dims=(6, 16))),
-        teacher=TeacherTraining(steps=300), tokenizer=TokenizerTraining(steps=200, lr=1e-3, start_patches=60_000)),
-    steps=600, save_every=300)
+        teacher=TeacherTraining(steps=200, lr=1e-3), tokenizer=TokenizerTraining(steps=200, lr=1e-3, start_patches=60_000)),
+    steps=500, save_every=250)

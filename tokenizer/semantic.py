@@ -8,6 +8,7 @@ Letters: b batch, t text ids, T text pieces, c tower width, gh gw patch grid.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class Teacher(nn.Module):
                                     heads=config.heads, layers=config.text_layers, output_dim=config.embed_dim,
                                     pool_type="argmax")  # pools at the largest id, which ends a text
         self.words = nn.Linear(config.width, text_size)
+        nn.init.constant_(self.words.bias, -math.log(text_size))  # most pieces are absent: not a thing to learn first
         self.logit_scale = nn.Parameter(torch.tensor(2.659))
 
     def text_batch(self, texts: Sequence[Sequence[int]]) -> Tensor:
