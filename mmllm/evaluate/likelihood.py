@@ -23,7 +23,9 @@ def log_likelihood(engine: Engine, codes: NDArray[np.int32], captions: Sequence[
     """pairs of (picture, caption) numbers → log-probabilities [p] in nats: `text` of the caption given the picture, `image` of the
     picture given the caption, and both a token (`text_mean`, `image_mean`)."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     vocab, encode = engine.folder.vocab, engine.folder.text.encode
     model = AutoModelForCausalLM.from_pretrained(engine.folder.path).eval()
 

@@ -125,8 +125,8 @@ def evaluate_pictures(out: Path, count: int, seed: int) -> tuple[dict[str, Any],
     descriptions = engine.describe(codes)
     scores = {
         "tokenizer": tokenizer,
-        "understanding": {"loss_text": -float(np.mean(loss["text_mean"])), f"caption_among_{few}": found, "chance": 1 / few},
-        "generation": {"loss_image": -float(np.mean(loss["image_mean"])),
+        "understanding": {"loss_text": -loss["text_mean"].mean().item(), f"caption_among_{few}": found, "chance": 1 / few},
+        "generation": {"loss_image": -loss["image_mean"].mean().item(),
                        "clip_score": F.cosine_similarity(words, images).mean().item(),
                        "clip_score_of_real": F.cosine_similarity(words, real).mean().item(),
                        "clip_recall_at_1": recall_at_1(images, words), "clip_recall_at_1_of_real": recall_at_1(real, words)}}
