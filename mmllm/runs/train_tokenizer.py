@@ -24,7 +24,7 @@ from mmllm.progress import Progress
 from tokenizer.layers import LinearPatches, patches_of
 from tokenizer.model import TokenizerConfig, VisualTokenizer
 from tokenizer.quantize import kmeans, nearest
-from tokenizer.semantic import Teacher, recall_at_1
+from tokenizer.semantic import Teacher
 from tokenizer.text import TextTokenizer
 
 Log = Callable[[int, int, dict[str, float]], None]
@@ -158,13 +158,6 @@ def train_teacher(images: NDArray[np.uint8], texts: Sequence[str], text: TextTok
         if (step + 1) % 25 == 0 or step + 1 == training.steps:
             log(step + 1, training.steps, {k: v.item() for k, v in terms.items()})
     return teacher.eval().requires_grad_(False)
-
-
-def retrieval(teacher: Teacher, images: NDArray[np.uint8], texts: Sequence[str], text: TextTokenizer) -> float:
-    """Recall at 1 of text → picture among the given ones."""
-    ids = teacher.text_batch([text.encode(t) for t in texts])
-    with torch.no_grad():
-        return recall_at_1(teacher.image_embedding(to_tensor(images)), teacher.text_embedding(ids))
 
 
 def usable_rows(texts: Sequence[Sequence[int]], size: int) -> Tensor:
