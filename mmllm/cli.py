@@ -1,4 +1,6 @@
-"""`mmllm VERB …`: one function a verb, its arguments the fields of a dataclass, its help their docstrings.
+"""`mmllm VERB …`: finds the verb and the recipe, and turns words into a dataclass whose docstrings are the help.
+
+Verbs that run a recipe are here; the others are in mmllm/verbs/.
 
 What is wrong with the input is one line and exit code 2; `--debug`, before or behind the verb, shows the traceback.
 Heavy imports wait until a verb needs them.
@@ -8,11 +10,12 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmllm.launch import DEBUG_VARIABLE, USER_ERROR, RankFailed
+from mmllm.progress import say
+from mmllm.verbs import data, model, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
@@ -88,245 +91,7 @@ def tokenizer_train(words: list[str]) -> None:
     say(f"visual tokenizer: {main(tyro.cli(TrainVisual, args=words, prog='mmllm tokenizer train'))}")
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenes:
-    """Draw scenes with captions and questions into raw shards."""
-
-    out: Path
-    """Folder for SPLIT-000000.tar, …"""
-    level: int = 1
-    """1 in cells, 2 finer with more objects, 3 free with textures."""
-    seed: int = 0
-    """Of the scenes."""
-    train: int = 30_000
-    """Documents to train on."""
-    held: int = 512
-    """Documents of each held-out split."""
-
-
-def data_scenes(args: Scenes) -> None:
-    from data import scene_shards
-    from mmllm.progress import Progress
-
-    with Progress("scenes", "shards") as progress:
-        scene_shards.write(args.out, args.level, args.seed, args.train, args.held, progress=progress)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Pictures with captions → raw shards."""
-
-    source: Path
-    """Folder of x.png with x.txt, or of img2dataset tar shards."""
-    out: Path
-    """Folder for train-*.tar and seen-*.tar."""
-    size: int = 32
-    """Side of the square pictures, in pixels."""
-    held: float = 0.05
-    """Share of the pairs that is held out."""
-    max_bad: float = 0.05
-    """Largest share of samples that may be skipped."""
-    max_pixels: int = 64_000_000
-    """Largest picture that is decoded."""
-
-
-def data_convert(args: Convert) -> None:
-    from data.convert import convert
-
-    train, held, skipped = convert(args.source, args.out, args.size, args.held, args.max_bad, args.max_pixels)
-    say(f"{train:,} pairs to train on, {held:,} held out; skipped: {skipped or 'none'}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encode:
-    """Raw shards → token shards; continues where it was interrupted."""
-
-    raw: Path
-    """Folder of raw shards."""
-    out: Path
-    """Folder for token shards, their index and manifest."""
-    tokenizer: Path
-    """Visual tokenizer, a folder."""
-    text: Path
-    """Text tokenizer, a text.model file."""
-
-
-def data_encode(args: Encode) -> None:
-    from data import shards
-    from data.encode import encode
-    from data.vocab import Vocab
-    from mmllm.progress import Progress
-    from tokenizer.model import VisualTokenizer
-    from tokenizer.text import TextTokenizer
-
-    visual, text = VisualTokenizer.load(args.tokenizer), TextTokenizer.load(args.text)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
-    with Progress("encoding", "shards") as progress:
-        say(f"manifest: {encode(shards.find(args.raw), args.out, visual, text, vocab, progress)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainText:
-    """Train a SentencePiece model on the texts of raw shards."""
-
-    raw: Path
-    """Folder of raw shards."""
-    out: Path
-    """The text.model file to write."""
-    size: int = 512
-    """Pieces, 256 bytes included."""
-
-
-def text_train(args: TrainText) -> None:
-    from data import shards
-    from data.document import texts_of
-    from tokenizer import text
-
-    model = text.train((t for d in shards.read_all(shards.find(args.raw, "train-")) for t in texts_of(d)), args.size)
-    model.save(args.out)
-    say(f"{model.size} pieces → {args.out}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalVisual:
-    """Reconstruction and codebook use of a visual tokenizer on raw shards."""
-
-    tokenizer: Path
-    """Visual tokenizer, a folder."""
-    raw: Path
-    """Folder of raw shards."""
-    prefix: str = "seen-"
-    """Shards whose name starts so."""
-
-
-def tokenizer_eval(args: EvalVisual) -> None:
-    import json
-
-    from mmllm.evaluate.measure import tokenizer_scores
-    from mmllm.runs.train_tokenizer import pairs
-    from tokenizer.model import VisualTokenizer
-
-    say(json.dumps(tokenizer_scores(VisualTokenizer.load(args.tokenizer), pairs(args.raw, args.prefix)[0])[0], indent=1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """A pretraining checkpoint → a Hugging Face model folder."""
-
-    checkpoint: Path
-    """Folder such as runs/NAME/checkpoints/step_0001000."""
-    out: Path
-    """Model folder to write."""
-    tokens: Path
-    """Token shards that the model was trained on."""
-    tokenizer: Path
-    """Visual tokenizer that made them."""
-    text: Path
-    """Text tokenizer that made them."""
-
-
-def export_model(args: Export) -> None:
-    from data.loader import DataConfig
-    from mmllm.export import export
-
-    say(f"model folder: {export(args.checkpoint, args.out, DataConfig(shards=args.tokens), args.text, args.tokenizer)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Draw pictures for a prompt."""
-
-    model: Path
-    """Model folder."""
-    prompt: str
-    """What to draw."""
-    out: Path = Path("picture.png")
-    """Picture file; several are numbered."""
-    n: int = 1
-    """Pictures to draw."""
-    guidance: float = 1.0
-    """How much more than without the text; 1 is none."""
-    temperature: float = 0.3
-    """Of the image codes; 0 takes the likeliest."""
-    seed: int = 0
-    """Same seed, same picture."""
-    scale: int = 8
-    """Screen pixels for a picture's pixel."""
-
-
-def generate(args: Generate) -> None:
-    from PIL import Image
-
-    from data.images import to_uint8
-    from mmllm.generate.engine import Engine
-    from mmllm.generate.sample import Sampling
-
-    if args.n < 1 or args.scale < 1:
-        raise ValueError(f"--n {args.n} and --scale {args.scale} must be at least 1")
-    engine = Engine.load(args.model)
-    codes = engine.draw([args.prompt], n=args.n, guidance=args.guidance, sampling=Sampling(temperature=args.temperature), seed=args.seed)
-    for number, picture in enumerate(to_uint8(engine.pictures(codes[0]))):
-        path = args.out if args.n == 1 else args.out.with_stem(f"{args.out.stem}-{number}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = picture.shape[:2]
-        Image.fromarray(picture).resize((width * args.scale, height * args.scale), Image.Resampling.NEAREST).save(path)
-        say(str(path))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Describe:
-    """Describe a picture, or answer a question about it."""
-
-    model: Path
-    """Model folder."""
-    picture: Path
-    """Picture file."""
-    question: str | None = None
-    """A question; none asks for a description."""
-
-
-def describe(args: Describe) -> None:
-    from data.images import fit, load_image, to_array, to_tensor
-    from mmllm.generate.engine import Engine
-
-    picture = load_image(args.picture)
-    engine = Engine.load(args.model)
-    say(engine.describe(to_tensor(to_array(fit(picture, engine.visual.image_size))[None]), args.question)[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """Chat in the terminal: text and pictures in, text and pictures out."""
-
-    model: Path
-    """Tuned model folder."""
-    out: Path = Path("pictures")
-    """Folder for what it draws."""
-    seed: int = 0
-    """Of its pictures."""
-    guidance: float = 1.0
-    """How much more than without the text; 1 is none."""
-    temperature: float = 0.3
-    """Of the image codes; 0 takes the likeliest."""
-
-
-def chat(args: Chat) -> None:
-    from mmllm.serve.chat import main
-
-    main(args.model, args.out, args.seed, args.guidance, args.temperature)
-
-
-DATACLASS_VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "data scenes": (Scenes, data_scenes), "data convert": (Convert, data_convert), "data encode": (Encode, data_encode),
-    "text-tokenizer train": (TrainText, text_train), "tokenizer eval": (EvalVisual, tokenizer_eval), "export": (Export, export_model),
-    "generate": (Generate, generate), "describe": (Describe, describe), "chat": (Chat, chat),
-}
-POSITIONAL = {"export": ("checkpoint",), "generate": ("model", "prompt"), "describe": ("model", "picture", "question"),
-              "chat": ("model",), "tokenizer eval": ("tokenizer", "raw")}
+VERBS = {**data.VERBS, **tokenizer.VERBS, **model.VERBS}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft}
 
@@ -334,7 +99,7 @@ RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
 def usage() -> str:
     lines = ["mmllm: a language model that sees and draws, from raw shards to chat", "", "  mmllm VERB --help", ""]
     lines += [f"  {verb:<22}{(run.__doc__ or '').splitlines()[0]}" for verb, run in RECIPE_VERBS.items()]
-    lines += [f"  {verb:<22}{(kind.__doc__ or '').splitlines()[0]}" for verb, (kind, _) in DATACLASS_VERBS.items()]
+    lines += [f"  {verb:<22}{(found.arguments.__doc__ or '').splitlines()[0]}" for verb, found in VERBS.items()]
     return "\n".join(lines)
 
 
@@ -348,11 +113,11 @@ def run(words: list[str]) -> None:
         if verb in RECIPE_VERBS:
             RECIPE_VERBS[verb](rest)
             return
-        if verb in DATACLASS_VERBS:
+        if verb in VERBS:
             import tyro
 
-            kind, function = DATACLASS_VERBS[verb]
-            function(tyro.cli(kind, args=_named(rest, POSITIONAL.get(verb, ())), prog=f"mmllm {verb}"))
+            found = VERBS[verb]
+            found.run(tyro.cli(found.arguments, args=_named(rest, found.positional), prog=f"mmllm {verb}"))
             return
     raise ValueError(f"there is no verb {' '.join(words[:2])!r}; `mmllm --help` lists them")
 

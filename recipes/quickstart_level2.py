@@ -10,10 +10,10 @@ from tokenizer.quantize import QuantizerConfig
 from tokenizer.semantic import TowerConfig
 
 RECIPE = Quickstart(
-    out=Path("runs/quickstart_level2"), level=2, scenes=60_000,
+    out=Path("runs/quickstart_level2"), level=2, scenes=100_000,
     tokenizer=TrainTokenizer(
         model=TokenizerConfig(tower=TowerConfig(image_size=48), quantizer=QuantizerConfig(codebook_size=512)),
         teacher=TeacherTraining(steps=800), tokenizer=TokenizerTraining(steps=100, start_patches=120_000)),
     model=Model(num_layers=5, hidden_size=160, num_attention_heads=5, ffn_hidden_size=448, output_init_std=0.0),
     optim=Optim(lr=3e-3, warmup_steps=100, hold_ratio=0.5, betas=(0.9, 0.98)),
-    row_len=2048, global_batch=4, steps=2200, sft_steps=150)
+    row_len=2048, global_batch=4, steps=6000, save_every=1000, sft_steps=300)
