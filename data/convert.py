@@ -3,37 +3,21 @@
     a folder     x.png (jpg, jpeg, webp) with x.txt beside it
     tar shards   KEY.jpg + KEY.txt (or KEY.json with "caption"), as img2dataset writes them
 
-A picture that does not decode, a caption without a picture, a picture without a caption or over the pixel cap is skipped and
-counted by cause, and the run stops where more than `max_bad` of the samples are bad.
+A picture that does not decode or is refused, a caption without a picture and a picture without a caption are skipped and counted
+by cause, and the run stops where more than `max_bad` of the samples are bad.
 """
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import shards
 from data.document import Document
-from data.images import MAX_PIXELS, fit, load_image, to_array, to_png
+from data.images import MAX_PIXELS, Limits, fitted, to_array, to_png
+from data.skipped import Skipped
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
-
-
-@dataclass
-class Skipped:
-    """What was left out: counts by cause, the first name of each."""
-
-    causes: Counter[str] = field(default_factory=Counter[str])
-    first: dict[str, str] = field(default_factory=dict[str, str])
-
-    def add(self, cause: str, name: str) -> None:
-        self.causes[cause] += 1
-        self.first.setdefault(cause, name)
-
-    def __str__(self) -> str:
-        return "; ".join(f"{count} × {cause} (first: {self.first[cause]})" for cause, count in self.causes.items())
 
 
 def pairs(source: Path) -> Iterator[tuple[str, bytes | None, str | None]]:
@@ -81,7 +65,7 @@ def convert(source: Path, folder: Path, size: int, held: float = 0.05, max_bad: 
     fitted to size × size. → how many train, how many held, what was skipped.
 
     Errors: FileNotFoundError for nothing to read; ValueError past `max_bad`."""
-    skipped = Skipped()
+    skipped, limits = Skipped(), Limits(max_pixels=max_pixels)
     splits: dict[str, list[Document]] = {"train": [], "seen": []}
     for name, picture, caption in pairs(source):
         if picture is None:
@@ -90,9 +74,9 @@ def convert(source: Path, folder: Path, size: int, held: float = 0.05, max_bad: 
             skipped.add("picture without a caption", name)
         else:
             try:
-                png = to_png(to_array(fit(load_image(picture, max_pixels), size)))
+                png = to_png(to_array(fitted(picture, size, limits)))
             except ValueError as error:
-                skipped.add(str(error).removeprefix("picture "), name)
+                skipped.refuse(error, name)
                 continue
             digest = hashlib.sha256(name.encode()).hexdigest()
             split = "seen" if int(digest[:8], 16) < held * 2**32 else "train"

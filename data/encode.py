@@ -1,39 +1,44 @@
 """Raw shards → token shards: every picture becomes codes and every text ids, once, before training.
 
     train-000000.tar        KEY.ids: one `TokenDocument` a sample
-    train-000000.idx.npz    where each sample lies, and kinds and lengths of its parts: what a plan needs without payload
+    train-000000.idx.npz    where each sample lies, kinds and lengths of its parts, and the fingerprint of what made it
     manifest.json           counts, vocabulary, and the fingerprint of both tokenizers
 
 A shard is written beside its place and renamed; its index follows, so a shard with an index is whole and is not encoded
 again after an interruption. The manifest comes last.
+
+Shard i of the list belongs to process i mod n, whatever is there already: processes, and machines that share nothing but the
+folders, need neither a lock nor a word between them.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data import shards
-from data.document import ANSWER, CAPTION, GRAMMAR_VERSION, IMAGE, QUESTION, TEXT, Document, TokenDocument
-from data.images import fit, load_image, to_tensor
-from data.index import index_path, read_index, write_index
+from data.document import CAPTION, GRAMMAR_VERSION, IMAGE, QUESTION
+from data.images import ANY, Limits
+from data.index import index_path, read_index
+from data.skipped import Skipped
+from data.tokens import Encoding, ImageEncoder, encode_shards
 from data.vocab import Vocab
+from tokenizer.model import VisualTokenizer
 from tokenizer.text import TextTokenizer
 
-
-class ImageEncoder(Protocol):
-    """What is asked of a visual tokenizer here; `tokenizer.model.VisualTokenizer` is one."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def encode(self, images: torch.Tensor) -> torch.Tensor: ...
+Tell = Callable[[int, int, Mapping[str, float]], None]
+"""Told (shards done, shards, {"images/s": …}) after every batch."""
 
 
 def fingerprint(visual: str, text: str, vocab: Vocab) -> str:
@@ -41,83 +46,163 @@ def fingerprint(visual: str, text: str, vocab: Vocab) -> str:
     return hashlib.sha256(f"{visual} {text} {vocab} {GRAMMAR_VERSION}".encode()).hexdigest()[:16]
 
 
-def token_document(document: Document, codes: Sequence[NDArray[np.int32]], vocab: Vocab,
-                   text: TextTokenizer) -> TokenDocument:
-    """One document as ids; `codes` are those of its pictures, in order."""
-    pictures = iter(codes)
-    pieces: list[tuple[int, tuple[int, int], NDArray[np.int64]]] = []
+def encode(source: Sequence[Path], folder: Path, visual: ImageEncoder | Path, text: TextTokenizer | Path, vocab: Vocab,
+           progress: Tell = lambda done, total, measures: None, *, processes: int = 1, max_bad: float = 0.0, batch_len: int = 256,
+           limits: Limits = ANY, node: tuple[int, int] = (0, 1)) -> Path:
+    """Encode raw shards into `folder`, which may hold some already. → the manifest.
 
-    def add(kind: int, words: str) -> None:
-        pieces.append((kind, (0, 0), np.array(text.encode(words), np.int64)))
-
-    for part in document.parts:
-        if isinstance(part, str):
-            add(TEXT, part)
-        else:
-            picture = next(pictures)
-            pieces.append((IMAGE, (picture.shape[1], picture.shape[2]), vocab.image_ids(picture)))
-    for caption in document.captions:
-        add(CAPTION, caption)
-    for question, answer in document.questions:
-        add(QUESTION, question)
-        add(ANSWER, answer)
-    ids = np.concatenate([piece[2] for piece in pieces]).astype(np.int32)
-    return TokenDocument(tuple(p[0] for p in pieces), tuple(p[1] for p in pieces), tuple(len(p[2]) for p in pieces), ids)
-
-
-def encode_shard(source: Path, target: Path, visual: ImageEncoder, text: TextTokenizer, vocab: Vocab,
-                 batch_len: int = 256) -> None:
-    """Encode one raw shard and index it. Errors: ValueError that names shard, key and picture."""
-    documents: list[Document] = []
-    pictures: list[NDArray[np.uint8]] = []
-    for document in shards.read(source):
-        documents.append(document)
-        for part in document.parts:
-            if isinstance(part, bytes):
-                try:
-                    pictures.append(np.asarray(fit(load_image(part), visual.image_size)))
-                except ValueError as error:
-                    raise ValueError(f"{source}: sample {document.key}: {error}") from error
-    codes = [row for first in range(0, len(pictures), batch_len)
-             for row in visual.encode(to_tensor(np.stack(pictures[first:first + batch_len]))).cpu().numpy()]
-    samples: list[dict[str, object]] = []
-    tokens: list[TokenDocument] = []
-    used = 0
-    for document in documents:
-        count = sum(isinstance(part, bytes) for part in document.parts)
-        tokens.append(token_document(document, codes[used:used + count], vocab, text))
-        samples.append({"__key__": document.key, "ids": tokens[-1].to_bytes()})
-        used += count
-    shards.write_tar(target, samples)
-    write_index(target, tokens)
+    Tokenizers given as paths are loaded, by each of several `processes` for itself, onto a GPU where there is one; objects are used
+    where they are. `node` (i, n): this machine is number i of n that encode into one folder, and the last of them to end writes
+    the manifest. Of each shard's documents a share `max_bad` may be left out. Errors: ValueError, FileNotFoundError;
+    ProcessFailed where one of several broke or was killed."""
+    if processes < 1 or not 0 <= node[0] < node[1]:
+        raise ValueError(f"processes is {processes} and node {node}: there is at least one process, and node i of n has 0 <= i < n")
+    paths = (visual, text) if isinstance(visual, Path) and isinstance(text, Path) else None
+    if processes > 1 and paths is None:
+        raise ValueError(f"each of {processes} processes loads the tokenizers itself: give their paths instead of the objects")
+    if len({path.name for path in source}) < len(source):
+        raise ValueError(f"of {len(source)} raw shards some have the same name, as their token shards would: encode a folder at a time")
+    encoder = _loaded(visual, 0 if processes == 1 else None) if isinstance(visual, Path) else visual
+    said = TextTokenizer.load(text) if isinstance(text, Path) else text
+    name = fingerprint(encoder.fingerprint, said.fingerprint, vocab)
+    _claim(folder, name)
+    work = [(path, folder / path.name) for path in source]
+    mine = work[node[0]::node[1]]
+    whole = [target for _, target in mine if index_path(target).exists()]
+    for target in whole:
+        read_index(target, name)  # or it is refused
+    how = Encoding(batch_len=batch_len, max_bad=max_bad, limits=limits)
+    if paths is None or processes == 1:
+        steps = encode_shards(_missing(mine), encoder, said, vocab, name, how)
+    else:
+        threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // processes))
+        steps = _on_processes([EncodeJob(work=_missing(mine[number::processes]), visual=paths[0], text=paths[1], vocab=vocab,
+                                         fingerprint=name, how=how, number=number, threads=threads) for number in range(processes)])
+    done, pictures, began = len(whole), 0, 0.0
+    progress(done, len(mine), {})
+    for count, shards in steps:
+        pictures += count if began else 0  # the first batch warms up
+        began, done = began or time.perf_counter(), done + shards
+        progress(done, len(mine), {"images/s": pictures / max(time.perf_counter() - began, 1e-6)})
+    return write_manifest(folder, [target for _, target in work], name, vocab)
 
 
-def encode(source: Sequence[Path], folder: Path, visual: ImageEncoder, text: TextTokenizer, vocab: Vocab,
-           progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Encode raw shards into `folder`, which may hold some already. → the manifest."""
-    name = fingerprint(visual.fingerprint, text.fingerprint, vocab)
+def _claim(folder: Path, name: str) -> None:
+    """Mark the folder as one of these tokenizers. Errors: ValueError where it belongs to others."""
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / "fingerprint"
     if marker.exists() and marker.read_text() != name:
         raise ValueError(f"{folder} holds shards of fingerprint {marker.read_text()}, not {name}: "
                          "the tokenizer or the vocabulary changed. Encode into another folder, or remove this one")
     marker.write_text(name)
-    targets = [folder / path.name for path in source]
-    for done, (path, target) in enumerate(zip(source, targets, strict=True)):
-        if not index_path(target).exists():
-            encode_shard(path, target, visual, text, vocab)
-        progress(done + 1, len(targets))
-    return write_manifest(folder, targets, name, vocab)
 
+
+def _missing(work: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """What has an index is whole."""
+    return [(source, target) for source, target in work if not index_path(target).exists()]
+
+
+def _loaded(visual: Path, number: int | None) -> VisualTokenizer:
+    """On the GPU of process `number`, where there is one; products and convolutions in full fp32."""
+    model = VisualTokenizer.load(visual)
+    if number is None or not torch.cuda.is_available():
+        return model
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return model.to(f"cuda:{number % torch.cuda.device_count()}")
+
+
+# Several processes ------------------------------------------------------------------------------------------------
+
+class ProcessFailed(RuntimeError):
+    """An encoding process ended with an error that is no fault of the input, or without a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """What a process needs to know."""
+
+    work: Sequence[tuple[Path, Path]]
+    """(raw shard, token shard) that are its own."""
+    visual: Path
+    text: Path
+    """Tokenizers, which it loads itself."""
+    vocab: Vocab
+    fingerprint: str
+    """What they must have."""
+    how: Encoding
+    number: int
+    """Of the process."""
+    threads: int
+    """That torch may use: the processes share the cores."""
+
+
+def _on_processes(jobs: Sequence[EncodeJob]) -> Iterator[tuple[int, int]]:
+    """Run the jobs on a process each. Yields what each has done since it last said so. The first that fails ends the others."""
+    context = multiprocessing.get_context("spawn")  # a fork takes torch's threads along as if they still ran
+    workers: dict[Connection, SpawnProcess] = {}
+    try:
+        for job in jobs:
+            ours, theirs = context.Pipe(duplex=False)
+            workers[ours] = worker = context.Process(target=_work, args=(job, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+        running = dict(workers)
+        while running:
+            for link in wait_for_any(list(running)):
+                assert isinstance(link, Connection)
+                try:
+                    said = link.recv()
+                except EOFError:
+                    worker = running.pop(link)
+                    worker.join()
+                    if worker.exitcode:
+                        raise ProcessFailed(f"an encoding process ended with exit code {worker.exitcode} and no word (killed? out of "
+                                            "memory?): the same command goes on behind the shards that are whole") from None
+                    continue
+                if isinstance(said, Exception):
+                    raise said
+                yield said
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+
+
+def _work(job: EncodeJob, link: Connection) -> None:
+    """A process's life. Its parent gone, it ends at its next word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the parent too, who ends us
+    torch.set_num_threads(job.threads)
+    try:
+        visual, text = _loaded(job.visual, job.number), TextTokenizer.load(job.text)
+        name = fingerprint(visual.fingerprint, text.fingerprint, job.vocab)
+        if name != job.fingerprint:
+            raise ValueError(f"{job.visual} or {job.text} changed while shards were encoded: fingerprint {name}, not {job.fingerprint}")
+        for step in encode_shards(job.work, visual, text, job.vocab, name, job.how):
+            link.send(step)
+    except BrokenPipeError:
+        return
+    except (ValueError, FileNotFoundError) as error:
+        link.send(error)
+    except Exception:
+        link.send(ProcessFailed(f"encoding process {job.number}:\n{traceback.format_exc()}"))
+
+
+# The manifest -----------------------------------------------------------------------------------------------------
 
 def write_manifest(folder: Path, targets: Sequence[Path], name: str, vocab: Vocab) -> Path:
-    indexes = [read_index(target) for target in targets]
+    """Write what the folder holds, once all of it is there. → its path"""
+    path = folder / "manifest.json"
+    if not all(index_path(target).exists() for target in targets):
+        return path  # other nodes are still at it
+    indexes = [read_index(target, name) for target in targets]
     kinds = np.concatenate([index.kinds for index in indexes])
     lengths = np.concatenate([index.lengths for index in indexes])
+    skipped = Skipped.joined(index.skipped for index in indexes)
     manifest = {
         "fingerprint": name, "grammar_version": GRAMMAR_VERSION,
         "vocab": {**vocab.__dict__, "size": vocab.size},
         "documents": sum(len(index.keys) for index in indexes),
+        "skipped": dict(sorted(skipped.causes.items())),
         "images": int((kinds == IMAGE).sum()),
         "image_codes": int(lengths[kinds == IMAGE].sum()),
         "text_ids": int(lengths[kinds != IMAGE].sum()),
@@ -126,8 +211,7 @@ def write_manifest(folder: Path, targets: Sequence[Path], name: str, vocab: Voca
                                  "index": hashlib.sha256(index_path(target).read_bytes()).hexdigest()[:16]}
                    for target, index in zip(targets, indexes, strict=True)},
     }
-    path = folder / "manifest.json"
-    partial = path.with_name("manifest.json.partial")
+    partial = path.with_name(f"manifest.json.{os.getpid()}.partial")
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
     partial.rename(path)
     return path

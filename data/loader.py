@@ -101,7 +101,7 @@ class Loader:
             if not path.is_file() or path.stat().st_size != listed[path.name]["bytes"]:
                 raise ValueError(f"token shard {path} is missing or not the one in the manifest: encode it again")
         self._maps = [np.memmap(path, np.uint8, "r") for path in paths]
-        self.table = Table.join([read_index(path) for path in paths])
+        self.table = Table.join([read_index(path, self.fingerprint) for path in paths])
         settings = {k: v for k, v in asdict(config).items() if k != "shards"}
         name = json.dumps([PLAN_VERSION, self.fingerprint, settings, [listed[p.name]["index"] for p in paths]])
         self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -11,15 +11,17 @@ arXiv:2306.16527) and of Energon's interleaved samples. Everything else is optio
 
 import io
 import json
+import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
-from webdataset.writer import TarWriter
-
+from data import tar
 from data.document import Document
+
+META = re.compile(r"__[^/]*__($|/)")
+"""Members that are about a shard, not in it."""
 
 
 def sample_of(document: Document, extension: str = "png") -> dict[str, object]:
@@ -42,27 +44,36 @@ def sample_of(document: Document, extension: str = "png") -> dict[str, object]:
     return sample
 
 
-def document_of(sample: dict[str, bytes | str], shard: Path) -> Document:
-    """Webdataset sample → document. Errors: ValueError that names shard, key and what is missing."""
+def document_of(sample: dict[str, bytes | str]) -> Document:
+    """Webdataset sample → document. Errors: ValueError "no document: …" that says what is missing."""
     key = str(sample["__key__"])
-    where = f"{shard}: sample {key}"
     if "json" not in sample:
-        raise ValueError(f"{where} has no {key}.json (members: {sorted(k for k in sample if k[0] != '_')})")
+        raise ValueError(f"no document: it has no {key}.json (members: {sorted(k for k in sample if k[0] != '_')})")
     try:
         record = json.loads(sample["json"])
-        texts, images = record["texts"], record["images"]
+        texts, images = list(record["texts"]), list(record["images"])
+        if len(texts) != len(images) or any((a is None) == (b is None) for a, b in zip(texts, images, strict=True)):
+            raise ValueError("at each place of `texts` and `images` one must be null and the other not")
+        if not texts:
+            raise ValueError("`texts` and `images` are empty")
+        parts: list[str | bytes] = []
+        for text, name in zip(texts, images, strict=True):
+            if text is None and name not in sample:
+                raise ValueError(f"it names picture {name}, which the tar does not hold")
+            parts.append(_said(text) if text is not None else sample[name])
+        return Document(key, tuple(parts), tuple(_said(words) for words in record.get("captions", ())),
+                        tuple((_said(q), _said(a)) for q, a in record.get("questions", ())), record.get("meta", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: {key}.json is no document: {error!r}") from error
-    if len(texts) != len(images) or any((a is None) == (b is None) for a, b in zip(texts, images, strict=True)):
-        raise ValueError(f"{where}: at each place of `texts` and `images` one must be null and the other not")
-    parts: list[str | bytes] = []
-    for text, name in zip(texts, images, strict=True):
-        if text is None and name not in sample:
-            raise ValueError(f"{where} names picture {name}, which the tar does not hold")
-        part = text if text is not None else sample[name]
-        parts.append(part)
-    return Document(key, tuple(parts), tuple(record.get("captions", ())),
-                    tuple((q, a) for q, a in record.get("questions", ())), record.get("meta", {}))
+        raise ValueError(f"no document: {key}.json: {error if type(error) is ValueError else repr(error)}") from error
+
+
+def _said(words: object) -> str:
+    """A text as it came out of JSON, which may hold numbers, and halves of characters that no encoding has."""
+    if not isinstance(words, str):
+        raise ValueError(f"a text is {words!r}")
+    if not words.isascii():
+        words.encode()  # UnicodeEncodeError
+    return words
 
 
 def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: int = 4096,
@@ -87,37 +98,79 @@ def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: i
     return paths
 
 
-def write_tar(path: Path, samples: Iterable[dict[str, object]]) -> None:
+def write_tar(path: Path, samples: Iterable[Mapping[str, object]]) -> None:
     """Write samples beside `path` and rename: a reader never sees half a shard. Same samples, same bytes."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-        for sample in samples:
-            tar.write(sample)
+    with partial.open("wb") as file:
+        tar.write(file, (member for sample in samples for member in _members(sample)))
     partial.rename(path)
+
+
+def _members(sample: Mapping[str, object]) -> Iterator[tuple[str, bytes]]:
+    for extension in sorted(sample):
+        content = sample[extension]
+        if extension != "__key__":
+            assert isinstance(content, bytes), f"{extension} of sample {sample['__key__']} is no bytes"
+            yield f"{sample['__key__']}.{extension}", content
 
 
 def read(path: Path) -> Iterator[Document]:
     """Documents of one shard. Errors: ValueError that names the shard, and the sample where it is known."""
-    if not path.is_file():
-        raise FileNotFoundError(f"shard {path} does not exist")
     for sample in samples(path):
-        yield document_of(sample, path)
+        try:
+            document = document_of(sample)
+        except ValueError as error:
+            raise ValueError(f"{path}: sample {sample['__key__']}: {error}") from error
+        yield document
 
 
 def samples(path: Path) -> Iterator[dict[str, bytes | str]]:
     """Webdataset samples of one tar, undecoded. Errors: ValueError that names a shard that is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"shard {path} does not exist")
     whole = 0
     try:
-        with path.open("rb") as stream:
-            if not _ends_as_tar(stream):
-                raise ValueError("the two empty blocks that end a tar are missing")
-            files = tar_file_expander([{"url": str(path), "stream": stream}])
-            for sample in group_by_keys(files):
-                yield sample
-                whole += 1
+        for sample in _grouped(_files(path)):
+            yield sample
+            whole += 1
     except (ValueError, OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"shard {path} is truncated or no tar, after {whole} whole samples: {error}. "
                          "Write it again, or remove it") from error
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files in a tar."""
+    with tar.opened(path) as content:
+        members = tar.members(content)
+        if members is not None:
+            yield from ((m.name, content[m.first:m.first + m.size]) for m in members)
+            return
+    with path.open("rb") as stream:
+        if not _ends_as_tar(stream):
+            raise ValueError("the two empty blocks that end a tar are missing")
+        with tarfile.open(fileobj=stream) as other:
+            yield from ((m.name, file.read()) for m in other if m.isreg() and (file := other.extractfile(m)))
+
+
+def _grouped(files: Iterable[tuple[str, bytes]]) -> Iterator[dict[str, bytes | str]]:
+    """(name, content) → samples, as webdataset's `group_by_keys` makes them: neighbours that share a key, the name up to the first dot
+    behind the last slash; the rest of the name in lower case says which is which. Names like `__meta__` are left out."""
+    sample: dict[str, bytes | str] = {}
+    for name, content in files:
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key, extension = folder + slash + stem, extension.lower()
+        if not stem or len(stem) == len(base) or META.match(name):
+            continue
+        if sample and sample["__key__"] != key:
+            yield sample
+            sample = {}
+        if extension in sample:
+            raise ValueError(f"there are two members {key}.{extension}")
+        sample.setdefault("__key__", key)
+        sample[extension] = content
+    if sample:
+        yield sample
 
 
 def _ends_as_tar(stream: BinaryIO) -> bool:

@@ -89,14 +89,16 @@ class Vocab:
         return -(-self.size // multiple) * multiple
 
     def image_ids(self, codes: ArrayLike) -> NDArray[np.int64]:
-        """Codes [M, h, w] → ids [h * w * M]: position after position in raster order, the books of one together."""
+        """Codes [..., M, h, w] → ids [..., h * w * M]: position after position in raster order, the books of one together."""
         codes = np.asarray(codes, dtype=np.int64)
-        if codes.ndim != 3 or codes.shape[0] != self.num_books:
+        if codes.ndim < 3 or codes.shape[-3] != self.num_books:
             raise ValueError(f"codes have shape {codes.shape}; this vocabulary wants [{self.num_books}, h, w]")
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise ValueError(f"codes span {codes.min()}..{codes.max()}; a book has {self.codebook_size} entries")
         first = self.first_image + np.arange(self.num_books) * self.codebook_size
-        return (codes.reshape(self.num_books, -1) + first[:, None]).T.reshape(-1)  # [M, h w] -> [h w M]
+        *many, books, h, w = codes.shape
+        ids = codes.reshape(*many, books, h * w) + first[:, None]
+        return ids.swapaxes(-1, -2).reshape(*many, -1)  # [..., M, h w] -> [..., h w M]
 
     def codes(self, ids: ArrayLike, h: int, w: int) -> NDArray[np.int32]:
         """Ids [h * w * M] → codes [M, h, w]; refuses any id that is not a code of its book."""

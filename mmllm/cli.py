@@ -83,12 +83,11 @@ def sft(words: list[str]) -> None:
 
 
 def tokenizer_train(words: list[str]) -> None:
-    """Train teacher and visual tokenizer on the pairs of raw shards."""
-    import tyro
+    """Train teacher and visual tokenizer on the pairs of raw shards: RECIPE --field value …"""
+    from mmllm.runs.tokenizer_recipe import TrainVisual
+    from mmllm.runs.train_tokenizer import main
 
-    from mmllm.runs.train_tokenizer import TrainVisual, main
-
-    say(f"visual tokenizer: {main(tyro.cli(TrainVisual, args=words, prog='mmllm tokenizer train'))}")
+    say(f"visual tokenizer: {main(_with_recipe(words, 'tokenizer train', TrainVisual))}")
 
 
 VERBS = {**data.VERBS, **tokenizer.VERBS, **model.VERBS}

@@ -1,15 +1,73 @@
-"""The list of a checkpoint's files with their sizes and hashes, written last: what it lists is whole, or it is refused."""
+"""Folders that are whole or absent: checkpoints `step_XXXXXXX`, each with a list of its files, their sizes and hashes.
+
+A checkpoint is written to `step_XXXXXXX.tmp`, synced, given its list, and renamed: the name without `.tmp` *is* the promise that it is
+whole. A kill at any moment leaves the one before.
+"""
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
+
+from mmllm.run import write_json
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+"""Step, data position, recipe: what a reader needs without any tensor."""
 
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What the list says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def finish(beside: Path, step: int, files: dict[str, dict[str, Any]], keep_last: int) -> Path:
+    """Sync, list and rename a checkpoint that lies in `step_XXXXXXX.tmp`, then delete all but the last `keep_last`. → its folder"""
+    final = beside.with_suffix("")
+    for name in files:
+        sync(beside / name)
+    write_json(beside / MANIFEST, {"step": step, "files": files})
+    sync(beside)
+    if final.exists():  # the same step again, after a refused continuation
+        shutil.rmtree(final)
+    beside.rename(final)
+    sync(final.parent)
+    for old in whole(final.parent)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix == "")
+
+
+def newest(folder: Path) -> Path | None:
+    """The last finished checkpoint under a folder."""
+    finished = whole(folder)
+    return finished[-1] if finished else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
 
 
 def verify(checkpoint: Path) -> None:
@@ -18,9 +76,9 @@ def verify(checkpoint: Path) -> None:
     advice = f"delete {checkpoint} to continue from the one before, or restore the file"
     if not manifest_path.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} has no {MANIFEST}: {advice}")
-    for name, entry in json.loads(manifest_path.read_text())["files"].items():
+    for name, listed in json.loads(manifest_path.read_text())["files"].items():
         path = checkpoint / name
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint {checkpoint} is missing the file {name}: {advice}")
-        if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
+        if entry(path) != listed:
             raise ValueError(f"checkpoint {checkpoint}: the file {name} is not the one that was saved: {advice}")

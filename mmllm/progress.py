@@ -32,7 +32,7 @@ class Progress:
             self.bar.stop()
 
     def __call__(self, done: int, total: int, measures: Mapping[str, float] | None = None) -> None:
-        words = "  ".join(f"{name} {value:.3g}" for name, value in (measures or {}).items())
+        words = "  ".join(f"{name} {value:{',.0f' if abs(value) >= 1000 else '.3g'}}" for name, value in (measures or {}).items())
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=total, description=f"      {self.title}  {words}")
         elif done == total or time.perf_counter() - self.last > 5:  # a line every five seconds

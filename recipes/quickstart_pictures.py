@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from mmllm.runs.quickstart import Quickstart
-from mmllm.runs.train_tokenizer import TeacherTraining, TokenizerTraining, TrainTokenizer
+from mmllm.runs.tokenizer_recipe import Stage, TrainTokenizer
+from mmllm.runs.train_teacher import TeacherTraining
 from tokenizer.model import TokenizerConfig
 from tokenizer.quantize import QuantizerConfig
 from tokenizer.semantic import TowerConfig
@@ -13,5 +14,5 @@ RECIPE = Quickstart(
     tokenizer=TrainTokenizer(
         model=TokenizerConfig(tower=TowerConfig(patch_size=4), channels=32,
                               quantizer=QuantizerConfig(codebook_size=1024, pixel_dims=(6, 16))),
-        teacher=TeacherTraining(steps=200, lr=1e-3), tokenizer=TokenizerTraining(steps=200, lr=1e-3, start_patches=60_000)),
+        teacher=TeacherTraining(steps=200, lr=1e-3), align=Stage(steps=200, lr=1e-3)),
     steps=500, save_every=250)

@@ -5,20 +5,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
 
-import numpy as np
-
 from data import scene_shards, shards
 from data.document import texts_of
 from data.encode import encode, fingerprint
-from data.images import load_image, to_array
 from data.vocab import Vocab
-from mmllm.runs.train_tokenizer import (
-    TeacherTraining,
-    TokenizerTraining,
-    TrainTokenizer,
-    train_teacher,
-    train_tokenizer,
-)
+from mmllm.runs.tokenizer_recipe import Stage, TrainTokenizer, TrainVisual
+from mmllm.runs.train_teacher import TeacherTraining
+from mmllm.runs.train_tokenizer import train
 from tokenizer import text as texts
 from tokenizer.model import TokenizerConfig, VisualTokenizer
 from tokenizer.quantize import QuantizerConfig
@@ -28,7 +21,7 @@ from tokenizer.text import TextTokenizer
 RECIPE = TrainTokenizer(
     model=TokenizerConfig(tower=TowerConfig(width=32, layers=1, heads=2, embed_dim=16), channels=4,
                           quantizer=QuantizerConfig(codebook_size=64)),
-    teacher=TeacherTraining(steps=6, batch=32), tokenizer=TokenizerTraining(steps=4, batch=16, validate_every=2, revive_every=2))
+    teacher=TeacherTraining(steps=6, batch=32), align=Stage(steps=4), batch=16, micro_batch=16, validate_every=2, revive_every=2)
 
 
 class SmallWorld(NamedTuple):
@@ -52,13 +45,9 @@ def small_world() -> SmallWorld:
     documents = list(shards.read_all(shards.find(raw, "train-")))
     text = texts.train([t for d in documents for t in texts_of(d)], 400)
     text.save(folder / "text.model")
-    pairs = [d for d in documents if len(d.parts) == 2]
-    pictures = np.stack([to_array(load_image(p)) for d in pairs for p in d.parts if isinstance(p, bytes)])
-    captions = [p for d in pairs for p in d.parts if isinstance(p, str)]
-    teacher = train_teacher(pictures, captions, text, RECIPE)
-    visual = train_tokenizer(pictures, captions, pictures[:8], teacher, text, RECIPE)
-    visual.save(folder / "visual_tokenizer")
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
+    train(TrainVisual(raw=raw, text=folder / "text.model", out=folder / "visual_tokenizer", training=RECIPE))
+    teacher, visual = Teacher.load(folder / "teacher.safetensors"), VisualTokenizer.load(folder / "visual_tokenizer")
+    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
     encode(shards.find(raw), folder / "tokens", visual, text, vocab)
     return SmallWorld(raw, folder / "tokens", text, folder / "text.model", teacher, visual, folder / "visual_tokenizer", vocab,
                       fingerprint(visual.fingerprint, text.fingerprint, vocab))

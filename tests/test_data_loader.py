@@ -1,7 +1,6 @@
 """Token shards and rows: nothing lost, order a pure function of the recipe, wrong tokenizers refused."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from small_world import small_world
 
 from data import shards
 from data.document import IMAGE, TEXT
-from data.encode import encode, encode_shard
 from data.index import index_path, read_index
 from data.loader import DataConfig, Loader
-from data.vocab import Vocab
 
 CONFIG = DataConfig(shards=Path(), row_len=512, seed=3)
 
@@ -97,15 +94,6 @@ def test_shards_of_another_tokenizer_are_refused() -> None:
     Loader(dataclasses.replace(CONFIG, shards=small_world().tokens), small_world().fingerprint)
 
 
-def test_a_folder_of_another_tokenizer_is_not_written_into(tmp_path: Path) -> None:
-    world, folder = small_world(), copy(tmp_path)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    other = Vocab(world.vocab.text_size, 64, 2, ((4, 4), (8, 8)))
-    with pytest.raises(ValueError, match="the tokenizer or the vocabulary changed"):
-        encode(shards.find(world.raw), folder, world.visual, world.text, other)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-
-
 def test_a_missing_shard_index_or_manifest_is_named(tmp_path: Path) -> None:
     folder = copy(tmp_path)
     config = dataclasses.replace(CONFIG, shards=folder)
@@ -123,35 +111,6 @@ def test_a_missing_shard_index_or_manifest_is_named(tmp_path: Path) -> None:
 def test_a_document_longer_than_a_row_is_named() -> None:
     with pytest.raises(ValueError, match=r"sample train-\d+: .*a row holds 64: raise data.row_len"):
         loader(row_len=64).row(0)
-
-
-def test_encoding_continues_after_an_interruption_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    world = small_world()
-    folder = copy(tmp_path)
-    index_path(folder / "train-000001.tar").unlink()  # written but not indexed: redone
-    (folder / "train-000002.tar").unlink()
-    index_path(folder / "train-000002.tar").unlink()
-    (folder / "train-000002.tar.partial").write_bytes(b"half")
-    (folder / "manifest.json").unlink()
-    encode(shards.find(world.raw), folder, world.visual, world.text, world.vocab)
-    for path in sorted(world.tokens.glob("*.tar")):
-        assert (folder / path.name).read_bytes() == path.read_bytes()
-    assert json.loads((folder / "manifest.json").read_text()) == json.loads((world.tokens / "manifest.json").read_text())
-
-
-def test_the_manifest_counts_what_is_there() -> None:
-    manifest = json.loads((small_world().tokens / "manifest.json").read_text())
-    assert manifest["documents"] == 96 + 3 * 16 and manifest["images"] == 96 + 6 + 3 * 16
-    assert manifest["image_codes"] == manifest["images"] * 32
-
-
-def test_a_picture_that_does_not_decode_is_named_with_its_sample(tmp_path: Path) -> None:
-    world = small_world()
-    bad = dataclasses.replace(next(shards.read(shards.find(world.raw, "seen-")[0])), parts=(b"junk", "words"))
-    (path,) = shards.write([bad], tmp_path, "train")
-    with pytest.raises(ValueError, match=rf"train-000000.tar: sample {bad.key}: .*does not decode"):
-        encode_shard(path, tmp_path / "out.tar", world.visual, world.text, world.vocab)
-    assert not (tmp_path / "out.tar").exists()
 
 
 def test_the_index_points_at_the_samples() -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from data import scene_shards, shards
 from data.convert import convert
 from data.document import Document
-from data.images import fit, load_image, to_array, to_png, to_tensor, to_uint8
+from data.images import to_png
 from data.scenes import World
 
 
@@ -53,7 +52,11 @@ def test_a_truncated_tar_is_named_wherever_it_is_cut(tmp_path: Path, cut: int) -
 
 @pytest.mark.parametrize(("members", "said"), [
     ({"a.txt": b"x"}, "has no a.json"),
-    ({"a.json": b"{"}, "is no document"),
+    ({"a.json": b"{"}, "no document: a.json"),
+    ({"a.json": b'{"texts": [], "images": []}'}, "are empty"),
+    ({"a.json": b'{"texts": [1], "images": [null]}'}, "a text is 1"),
+    ({"a.json": b'{"texts": ["\\ud800"], "images": [null]}'}, "surrogates not allowed"),
+    ({"a.json": b'{"texts": ["x"], "images": [null], "questions": [["q"]]}'}, "not enough values"),
     ({"a.json": b'{"texts": ["x"], "images": ["0.png"]}'}, "must be null"),
     ({"a.json": b'{"texts": [null], "images": ["0.png"]}'}, "names picture 0.png"),
 ])
@@ -77,43 +80,6 @@ def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'a.b' holds a dot"):
         shards.write([Document("a.b", ("x",))], tmp_path, "t")
-
-
-# Pictures ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    out = io.BytesIO()
-    picture = Image.new(mode, (5, 4))
-    picture.save(out, format="tiff" if mode == "CMYK" else "png")
-    assert load_image(out.getvalue()).mode == "RGB"
-
-
-def test_transparent_becomes_white() -> None:
-    out = io.BytesIO()
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(out, format="png")
-    assert to_array(load_image(out.getvalue())).min() == 255
-
-
-def test_the_pixel_cap_is_checked_before_decoding() -> None:
-    with pytest.raises(ValueError, match=r"8x8 = 64 pixels, over the cap of 63: raise max_pixels"):
-        load_image(png(), max_pixels=63)
-
-
-def test_bytes_that_are_no_picture_are_refused() -> None:
-    for junk in (b"", b"nonsense", png()[:60]):
-        with pytest.raises(ValueError, match="does not decode"):
-            load_image(junk)
-
-
-def test_fitting_crops_the_middle() -> None:
-    wide = Image.fromarray(np.repeat(np.array([[[0] * 3, [255] * 3, [0] * 3]], np.uint8).repeat(10, 1), 10, 0))
-    assert fit(wide, 10).size == (10, 10) and to_array(fit(wide, 10))[5, 5].min() > 200
-
-
-def test_pixels_survive_the_tensor() -> None:
-    array = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
-    assert np.array_equal(to_uint8(to_tensor(array)), array)
 
 
 # What people bring ------------------------------------------------------------------------------------------------

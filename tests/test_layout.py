@@ -8,9 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("tokenizer", "data", "mmllm", "recipes", "tools")
 HOMES = {  # library: where it may be imported
-    "megatron": ("mmllm/megatron/",), "deepspeed": ("mmllm/runs/sft.py",), "open_clip": ("tokenizer/semantic.py",),
-    "transformers": ("mmllm/hf.py", "mmllm/runs/sft", "mmllm/evaluate/", "mmllm/generate/", "tools/"),
-    "transformer_engine": ("mmllm/megatron/",),
+    "megatron": ("mmllm/megatron/",), "deepspeed": ("mmllm/runs/sft.py",),
+    "open_clip": ("tokenizer/semantic.py", "tokenizer/clip_halves.py"), "timm": ("tokenizer/towers.py",),
+    "transformers": ("tokenizer/towers.py", "mmllm/hf.py", "mmllm/runs/sft", "mmllm/evaluate/", "mmllm/generate/", "tools/"),
+    "transformer_engine": ("mmllm/megatron/",), "lpips": ("tokenizer/perceptual.py",),
+    "torch_fidelity": ("tokenizer/features.py",), "pytesseract": ("tokenizer/legibility.py",),
 }
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

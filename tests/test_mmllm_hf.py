@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -57,6 +57,8 @@ def test_stock_classes_open_the_folder_with_the_weights_given(tmp_path: Path, no
 @given(st.one_of(st.text(max_size=40), st.text("a red blue\t\n ▁é漢🎨?.0", max_size=30),
                  st.integers(0, 10_000).map(lambda seed: tiny_model.sentences(1, seed)[0])))
 def test_both_tokenizers_give_the_same_ids_and_text(fast, words: str) -> None:
+    """But for words that spell a control token, which is one to Hugging Face's."""
+    assume(not any(token in words for token in fast.all_special_tokens))
     text = tiny_model.text_tokenizer()
     ids = fast(words)["input_ids"]
     assert ids == text.encode(words) and fast.decode(ids) == text.decode(ids)

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.document import Document, TokenDocument
-from data.encode import fingerprint, token_document, write_index, write_manifest
-from data.shards import write_tar
+from data.document import Document
+from data.encode import fingerprint, write_manifest
+from data.skipped import Skipped
+from data.tokens import Coded, Documents, said_in, write
 from data.vocab import Vocab
 from mmllm import hf
 from mmllm.config import Model
 from tokenizer.model import TokenizerConfig, VisualTokenizer
-from tokenizer.quantize import QuantizerConfig
+from tokenizer.quantize import QuantizerConfig, TextEmbedding
 from tokenizer.semantic import TowerConfig
 from tokenizer.text import TextTokenizer, train
 
@@ -39,9 +40,9 @@ def visual_tokenizer(books: int = 2, codes: int = 48) -> VisualTokenizer:
     torch.manual_seed(0)
     tower = TowerConfig(image_size=24, patch_size=8, width=16, layers=1, heads=2, text_layers=1, embed_dim=8)
     quantizer = QuantizerConfig(codebook_size=codes, pixel_dims=(8,) * books, semantic_dim=4)
-    config = TokenizerConfig(tower=tower, quantizer=quantizer, patches="linear", channels=8, blocks=1)
+    config = TokenizerConfig(tower=tower, quantizer=quantizer, pixel="linear", channels=8, blocks=1)
     pieces = text_tokenizer().size
-    return VisualTokenizer(config, torch.randn(pieces, 16), torch.arange(pieces)).eval()
+    return VisualTokenizer(config, TextEmbedding(torch.randn(pieces, 16), torch.arange(pieces), 16)).eval()
 
 
 def vocabulary(books: int = 2, codes: int = 48) -> Vocab:
@@ -93,16 +94,12 @@ def token_shards(out: Path, documents: int = 60, books: int = 2, codes: int = 48
     """One token shard of pictures (random codes) with a text, a caption and two questions, for the tokenizers here."""
     vocab, text = vocabulary(books, codes), text_tokenizer()
     rng, words = np.random.default_rng(0), iter(sentences(8 * documents, seed=1))
-    tokens: list[TokenDocument] = []
-    for number in range(documents):
-        document = Document(f"{number:06d}", (b"", next(words)), captions=(next(words),),
-                            questions=((next(words), next(words)), (next(words), next(words))))
-        picture = rng.integers(0, codes, (books, *grid)).astype(np.int32)
-        tokens.append(token_document(document, [picture], vocab, text))
+    raw = [Document(f"{number:06d}", (b"", next(words)), captions=(next(words),),
+                    questions=((next(words), next(words)), (next(words), next(words)))) for number in range(documents)]
+    pictures = {number: Coded(grid, vocab.image_ids(rng.integers(0, codes, (books, *grid)))) for number in range(documents)}
+    name = fingerprint(hf.fingerprint(saved_visual_tokenizer(out.parent, books, codes)), text.fingerprint, vocab)
     out.mkdir(parents=True)
     shard = out / "train-000000.tar"
-    write_tar(shard, [{"__key__": f"{i:06d}", "ids": token.to_bytes()} for i, token in enumerate(tokens)])
-    write_index(shard, tokens)
-    name = fingerprint(hf.fingerprint(saved_visual_tokenizer(out.parent, books, codes)), text.fingerprint, vocab)
+    write(shard, Documents(raw, said_in(raw, text), Skipped()), pictures, name)
     write_manifest(out, [shard], name, vocab)
     return out

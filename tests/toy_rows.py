@@ -59,12 +59,13 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
 
     The checkpoint is `recipe.out`'s; if there is none, four steps under the first layout make it."""
     recipe, layouts = job
+    from mmllm.manifest import newest
     from mmllm.megatron import checkpoint, optim, parallel
     from mmllm.megatron.batch import micro_batches
     from mmllm.megatron.model import build
     from mmllm.megatron.train import forward_backward, run
     first = next(iter(layouts.values()))
-    start = checkpoint.newest(recipe.out / "checkpoints")
+    start = newest(recipe.out / "checkpoints")
     if start is None:
         run(replace(recipe, steps=4, parallel=first), ToyRows(), parallel.start(first, 0))
         start = recipe.out / "checkpoints" / "step_0000004"

@@ -1,4 +1,4 @@
-"""The pixel branch: patches ↔ latents in closed form, and residual convolutions that start as nothing.
+"""The pixel branch: pictures ↔ latents on a grid. Closed forms of patches, convolutions (tokenizer/conv.py), transformers (vit.py).
 
 A closed form finds in seconds what a network needs minutes to come near; what training adds on top has to earn its place from
 there. So every residual branch ends in zeros and the first step equals the closed form.
@@ -9,6 +9,10 @@ Letters: b batch, H W picture, P patch size, gh gw grid (H / P, W / P), c channe
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokenizer.axis import lower_median, principal_axis
+from tokenizer.conv import ConvDecoder, ConvEncoder
+from tokenizer.vit import GridTransformer
 
 
 class PalettePatches(nn.Module):
@@ -33,10 +37,10 @@ class PalettePatches(nn.Module):
         """[b, 3, H, W] → [b · gh · gw, 6 + P · P]"""
         b = len(images)
         x = patches_of(images, self.patch_size).view(b, -1, 3, self.patch_size**2)  # [b, g, 3, P P]
-        middle = images.flatten(2).median(-1).values[:, None]  # [b, 1, 3]
+        middle = lower_median(images.flatten(2))[:, None]  # [b, 1, 3]
         mean = x.mean(-1)
         centred = x - mean[..., None]
-        axis = torch.linalg.eigh(centred @ centred.mT)[1][..., -1]  # [b, g, 3]
+        axis = principal_axis(centred @ centred.mT)  # [b, g, 3]
         place = (axis[..., None] * centred).sum(-2)  # [b, g, P P]
         low, high = place.amin(-1, keepdim=True), place.amax(-1, keepdim=True)
         ends = mean + low * axis, mean + high * axis
@@ -128,3 +132,72 @@ def unpatch(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     (gh, gw), p = grid, round(patches.shape[-1]**0.5)
     x = patches.reshape(-1, gh, gw, 3, p, p).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(len(x), 3, gh * p, gw * p)
+
+
+class ClosedPixels(nn.Module):
+    """Closed-form patches, and a decoder that starts as the identity on what they rebuild: PixelDecoder."""
+
+    def __init__(self, patches: PalettePatches | LinearPatches, semantic_dims: int, channels: int, blocks: int) -> None:
+        super().__init__()
+        self.patches = patches
+        self.decoder = PixelDecoder(patches.patch_size, semantic_dims, channels, blocks)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[b, 3, H, W] → [b, Σ dp, gh, gw]"""
+        grid = images.shape[-2] // self.patches.patch_size, images.shape[-1] // self.patches.patch_size
+        return to_grid(self.patches(images), grid)
+
+    def decode(self, semantic: Tensor, pixel: Tensor) -> Tensor:
+        """[b, M · ds, gh, gw], [b, Σ dp, gh, gw] → [b, 3, H, W]"""
+        return self.decoder(self.patches.decode(from_grid(pixel), (pixel.shape[-2], pixel.shape[-1])), semantic)
+
+
+class ConvPixels(nn.Module):
+    """A convolutional autoencoder; the decoder reads both parts."""
+
+    def __init__(self, patch_size: int, dims: int, read_dims: int, channels: int, multipliers: tuple[int, ...], blocks: int) -> None:
+        super().__init__()
+        if 2 ** (len(multipliers) - 1) != patch_size:
+            raise ValueError(f"{len(multipliers)} levels of channels (multipliers {multipliers}) shrink a picture by "
+                             f"{2 ** (len(multipliers) - 1)}, a patch has {patch_size} px: give log2(patch) + 1 multipliers")
+        self.encoder = ConvEncoder(channels, multipliers, blocks, dims)
+        self.decoder = ConvDecoder(channels, multipliers, blocks, read_dims)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def decode(self, semantic: Tensor, pixel: Tensor) -> Tensor:
+        return self.decoder(torch.cat([semantic, pixel], 1))
+
+
+class VitPixels(nn.Module):
+    """A transformer autoencoder on patches; a residual convolution on its picture mends patch borders."""
+
+    def __init__(self, patch_size: int, dims: int, read_dims: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed, self.out = nn.Linear(3 * patch_size**2, width), nn.Linear(width, dims)
+        self.encoder, self.decoder = GridTransformer(width, layers, heads), GridTransformer(width, layers, heads)
+        self.read, self.pixels = nn.Linear(read_dims, width), nn.Linear(width, 3 * patch_size**2)
+        self.mend = ResidualConv(3, 32)
+
+    def encode(self, images: Tensor) -> Tensor:
+        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        x = self.embed(patches_of(images, self.patch_size)).view(len(images), grid[0] * grid[1], -1)
+        return to_grid(self.out(self.encoder(x, grid)).flatten(0, 1), grid)
+
+    def decode(self, semantic: Tensor, pixel: Tensor) -> Tensor:
+        x = torch.cat([semantic, pixel], 1)
+        grid = x.shape[-2], x.shape[-1]
+        x = self.pixels(self.decoder(self.read(x.flatten(2).mT), grid))
+        return self.mend(unpatch(x.flatten(0, 1).unflatten(-1, (3, -1)), grid))
+
+
+def to_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[b · gh · gw, d] → [b, d, gh, gw]"""
+    return x.view(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def from_grid(x: Tensor) -> Tensor:
+    """[b, d, gh, gw] → [b · gh · gw, d]"""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)

@@ -2,207 +2,349 @@
 
 Book m has a semantic table Es_m and a pixel table Ep_m with one index for both:
 
-    z = [√a · l2(zs), √b · zp]      E = [√a · l2(Es), √b · Ep]      i = argmax_k z · E_k − |E_k|² / 2
+    z = [√a · l2(zs), √b · l2(zp)]      E = [√a · l2(Es), √b · l2(Ep)]      i = argmax_k z · E_k − |E_k|² / 2
 
-which is the nearest entry, found by one chunked matrix product. The shared mapping is TokenFlow's (Qu et al. 2024,
-arXiv:2412.03069, section 3.1), the books are UniTok's (Ma et al. 2025, arXiv:2502.20321, section 3.2).
+which is the nearest entry, found in one chunked product; gradients pass straight through from entries to latents. Settings of this one
+formula are: TokenFlow (one book, a = b; Qu et al. 2024, arXiv:2412.03069, section 3.1), UniTok (M books without a pixel part; Ma
+et al. 2025, arXiv:2502.20321, section 3.2), TA-Tok (a text table without a pixel part), VQGAN (no semantic part), and separate streams as
+in DualToken (two books with weights (1, 0) and (0, 1)). Parts may be left at their own length instead of l2: then length counts.
 
-The semantic table is *text-aligned*: Es = E_text · W, rows of a frozen text-embedding matrix under a trained projection
-(TA-Tok, Han et al. 2025, arXiv:2506.18898, section 3.1). There a code needs a row of its own, so K may not exceed the usable
-rows. Here the pixel entry tells codes apart, so rows may repeat: a code is a short phrase and a look, and its
-semantic row is the mean of the phrase's token embeddings.
+The semantic table can be *text-aligned*: rows of a text embedding under a projection. TA-Tok gives each code a row of its own, so K
+may not exceed the usable rows. Where a pixel entry tells codes apart rows may repeat: a code is a short phrase and a look.
 
-Letters: n positions, M books, K entries a book, ds dp_m dims of book m's semantic and pixel part, V D rows and width of the
-text embedding, p tokens in a phrase.
+Letters: n positions, M books, K entries a book, ds dp_m dims of book m's semantic and pixel part.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 16_384
-"""Positions whose scores against all entries exist at once: 16,384 × 4,096 fp32 is 256 MiB."""
+from tokenizer.nearest import AllRows, nearest, neighbours
+from tokenizer.nearest import entropies as sample_entropies
+from tokenizer.ranks import joined, rows_of_ranks, sum_over_ranks
+from tokenizer.tables import EmaTable, FreeTable, Kind, SimvqTable, TextTable
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Sizes and weights of the quantizer."""
+    """Kind, sizes and weights of a quantizer."""
 
+    kind: Literal["shared", "residual", "fsq", "lfq", "bsq"] = "shared"
+    """shared: this module; residual: depth steps of one book; fsq, lfq, bsq: without tables (tokenizer/lookup_free.py)."""
     codebook_size: int = 128
-    """K: entries of each book."""
-    pixel_dims: tuple[int, ...] = (6, 64)
-    """dp of each book; as many books as numbers."""
+    """K: entries of each book (shared, residual)."""
     semantic_dim: int = 16
-    """ds: semantic dims of a book."""
-    semantic_weight: float = 0.003
-    """a: weight of the semantic part in the choice of a code."""
-    pixel_weight: float = 1.0
-    """b: weight of the pixel part."""
+    """ds: semantic dims of a book (shared)."""
+    pixel_dims: tuple[int, ...] = (6, 64)
+    """dp of each book; as many books as numbers (shared)."""
+    semantic_weights: tuple[float, ...] = (0.003,)
+    """a of each book, or one for all: weight of the semantic part in the choice of a code."""
+    pixel_weights: tuple[float, ...] = (1.0,)
+    """b of each book, or one for all: weight of the pixel part."""
+    semantic_norm: bool = True
+    """Semantic parts have unit length."""
+    pixel_norm: bool = False
+    """Pixel parts have unit length; closed-form patches need theirs."""
+    semantic_table: Kind = "text"
+    """Where semantic rows come from; text needs a text embedding."""
+    pixel_table: Kind = "free"
+    """Where pixel rows come from."""
+    gradient: Literal["latent", "both", "all"] = "both"
+    """Whom a reader's gradient reaches: the latent alone, straight through (van den Oord et al. 2017, section 3.2); the chosen entry too;
+    or every entry (IBQ; dot products choose)."""
     phrase_len: int = 2
-    """p: text tokens whose mean is a code's semantic row."""
+    """p: text tokens whose mean is a code's semantic row (text)."""
     commitment: float = 0.25
     """Weight of the encoder's pull towards the entries (van den Oord et al. 2017, arXiv:1711.00937, equation 3)."""
+    entropy_temperature: float = 0.05
+    """Of the softmax in the entropy term, which `entropy` in the losses weighs."""
+    entropy_latents: int = 0
+    """Latents of a batch that the entropy term looks at; 0 leaves the term out. Tables under a projection (simvq, text) need it:
+    their rows cannot be revived."""
+    depth: int = 4
+    """Steps of a residual quantizer, each a book."""
+    dims: int = 16
+    """Dims of a residual quantizer's latents."""
+    bits: tuple[int, ...] = (9, 9)
+    """Bits of each book (lfq, bsq): K = 2^bits, the same for all."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Values of each dim (fsq): K is their product."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "shared":
+            for name in ("semantic_weights", "pixel_weights"):
+                if len(getattr(self, name)) not in (1, self.num_books):
+                    raise ValueError(f"quantizer.{name} has {len(getattr(self, name))} numbers for {self.num_books} books: "
+                                     "give one, or one a book")
+            if not self.semantic_dim and not min(self.pixel_dims):
+                raise ValueError("a book has neither semantic nor pixel dims: raise quantizer.semantic_dim or quantizer.pixel_dims")
+            if self.gradient == "all" and "ema" in (self.semantic_table, self.pixel_table):
+                raise ValueError("quantizer.gradient 'all' trains entries by gradient, an ema table takes none: use free, simvq or text")
+            if self.gradient == "all" and min(*self.semantic_weights, *self.pixel_weights, 1.0) <= 0:
+                raise ValueError("quantizer.gradient 'all' needs every weight above 0: set semantic_weights and pixel_weights, or the "
+                                 "dims of a part to 0")
+        if self.kind in ("lfq", "bsq") and len(set(self.bits)) > 1:
+            raise ValueError(f"quantizer.bits are {self.bits}: every book needs as many, they share one code range")
 
     @property
     def num_books(self) -> int:
         """M: codes at each position."""
-        return len(self.pixel_dims)
+        return {"shared": len(self.pixel_dims), "residual": self.depth, "fsq": 1}.get(self.kind, len(self.bits))
+
+    def weights(self, book: int) -> tuple[float, float]:
+        """(a, b) of a book."""
+        return (self.semantic_weights[book % len(self.semantic_weights)], self.pixel_weights[book % len(self.pixel_weights)])
 
 
 class Quantized(NamedTuple):
-    semantic: Tensor
-    """[n, M · ds] unit length per book; gradients reach both the entries and what they stand for"""
-    pixel: Tensor
-    """[n, dp_0 + … ] likewise"""
+    entries: Tensor
+    """[n, dims] laid out as the latents; gradients reach both the entries and what they stand for"""
     codes: Tensor
     """[n, M] int64"""
-    loss: Tensor
-    """scalar: codebook + commitment"""
+    losses: dict[str, Tensor]
+    """`quantize`: codebook and commitment; `entropy`, where the quantizer has one"""
 
 
-def nearest(z: Tensor, entries: Tensor) -> Tensor:
-    """Index of the nearest entry: z [n, d], entries [K, d] → [n]; fp32, whatever autocast says."""
-    with torch.autocast(z.device.type, enabled=False):
-        entries = entries.float()
-        half = entries.square().sum(-1) / 2
-        return torch.cat([torch.addmm(-half, part.float(), entries.T).argmax(-1) for part in z.split(CHUNK)])
+class TextEmbedding(NamedTuple):
+    """Rows that a text table is made of."""
+
+    rows: Tensor | None
+    """[V, D] centred, of unit length on average; None in a loaded tokenizer, which has the projected rows"""
+    ids: Tensor
+    """[V] token ids"""
+    width: int
+    """D"""
 
 
-class SharedIndexQuantizer(nn.Module):
-    """M books of K shared-index entries. Tables are filled by `start`; until then they are random."""
+class Quantizer(nn.Module):
+    """What every quantizer is asked: latents [n, dims] → codes [n, M] → entries [n, dims].
 
-    text: Tensor
-    """[V, D] frozen text embedding, centred, rows of unit length on average"""
-    pieces: Tensor
-    """[V] int64 which rows of the text model's embedding those are"""
-    phrases: Tensor
-    """[M, K, p] int64 rows of `text` that make each code's semantic entry"""
+    The latents are semantic parts book by book, then pixel parts book by book. Quantizers that do not split give both readers the whole.
+    """
+
+    num_books: int
+    codebook_size: int
+    dims: int
     usage: Tensor
-    """[M, K] moving average of how often a code is chosen, as a share of positions × K"""
+    """[M, K] moving share of each code, times K; buffer"""
 
-    def __init__(self, config: QuantizerConfig, text: Tensor, pieces: Tensor) -> None:
-        """text [V, D], pieces [V]: the rows of a text-embedding matrix that codes may be made of, and their ids."""
-        super().__init__()
-        self.config = c = config
-        self.register_buffer("text", text.float())
-        self.register_buffer("pieces", pieces)
-        self.register_buffer("phrases", torch.randint(len(text), (c.num_books, c.codebook_size, c.phrase_len)))
-        self.register_buffer("usage", torch.ones(c.num_books, c.codebook_size))
-        self.projection = nn.Parameter(torch.empty(c.num_books, text.shape[1], c.semantic_dim))  # W
-        nn.init.orthogonal_(self.projection)
-        self.pixel_tables = nn.ParameterList(torch.randn(c.codebook_size, dims) / dims**0.5 for dims in c.pixel_dims)
+    def encode(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    def semantic_table(self, book: int) -> Tensor:
-        """→ [K, ds], rows of unit length."""
-        return F.normalize(self.text[self.phrases[book]].mean(1) @ self.projection[book], dim=-1)
+    def decode(self, codes: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    def joint(self, semantic: Tensor, pixel: Tensor) -> Tensor:
-        """[…, ds] (unit), […, dp] → […, ds + dp], in which distance decides."""
-        return torch.cat([self.config.semantic_weight**0.5 * semantic, self.config.pixel_weight**0.5 * pixel], -1)
+    def forward(self, z: Tensor) -> Quantized:
+        raise NotImplementedError
 
-    def split(self, semantic: Tensor, pixel: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """[n, M · ds], [n, Σ dp] → the parts of each book, the semantic one of unit length."""
-        c = self.config
-        return [(F.normalize(s.float(), dim=-1), p.float()) for s, p in
-                zip(semantic.split(c.semantic_dim, -1), pixel.split(c.pixel_dims, -1), strict=True)]
+    def parts(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, dims] → what the semantic and the pixel decoder read."""
+        return entries, entries
+
+    @property
+    def part_dims(self) -> tuple[int, int]:
+        return self.dims, self.dims
+
+    def count(self, codes: Tensor, momentum: float = 0.98) -> None:
+        """Follow how often each code is chosen, over all ranks."""
+        with torch.no_grad():
+            books = torch.arange(self.num_books, device=codes.device) * self.codebook_size
+            seen = torch.bincount((codes + books).flatten(), minlength=self.usage.numel()).float().view_as(self.usage)
+            sum_over_ranks(seen)
+            self.usage.lerp_(seen * (self.codebook_size / seen[0].sum()), 1 - momentum)
+
+    def perplexity(self) -> list[float]:
+        """exp of the entropy of each book's moving usage: how many codes are in use, counted by weight."""
+        share = self.usage / self.usage.sum(-1, keepdim=True)
+        return torch.special.entr(share).sum(-1).exp().tolist()
 
     @torch.no_grad()
-    def encode(self, semantic: Tensor, pixel: Tensor) -> Tensor:
-        """[n, M · ds], [n, Σ dp] → codes [n, M]."""
-        return torch.stack([nearest(self.joint(s, p), self.joint(self.semantic_table(m), self.pixel_tables[m]))
-                            for m, (s, p) in enumerate(self.split(semantic, pixel))], -1)
+    def neighbours(self, count: int) -> Tensor:
+        """int32 [M, K, count]: the codes of a book whose entries are nearest to each code's."""
+        codes = torch.zeros(self.codebook_size, self.num_books, dtype=torch.long, device=self.usage.device)
+        found = list[Tensor]()
+        for m in range(self.num_books):
+            codes[:] = 0
+            codes[:, m] = torch.arange(self.codebook_size, device=codes.device)
+            found.append(neighbours(self.compared(self.decode(codes)), count))  # what other books add is the same for all
+        return torch.stack(found)
 
-    def decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """codes [n, M] → semantic [n, M · ds], pixel [n, Σ dp]."""
-        books = range(self.config.num_books)
-        return (torch.cat([self.semantic_table(m)[codes[:, m]] for m in books], -1),
-                torch.cat([F.embedding(codes[:, m], self.pixel_tables[m]) for m in books], -1))
+    def compared(self, entries: Tensor) -> Tensor:
+        """[n, dims] → [n, dims] in which distance decides."""
+        return entries
 
-    def forward(self, semantic: Tensor, pixel: Tensor) -> Quantized:
-        with torch.autocast(semantic.device.type, enabled=False):
-            codes = self.encode(semantic, pixel)
-            parts = self.split(semantic, pixel)
-            zs, zp = torch.cat([s for s, _ in parts], -1), torch.cat([p for _, p in parts], -1)
-            qs, qp = self.decode(codes)
-            z, q = self.joint(zs, zp), self.joint(qs, qp)
-            loss = F.mse_loss(q, z.detach()) + self.config.commitment * F.mse_loss(z, q.detach())
+
+class SharedIndexQuantizer(Quantizer):
+    """M books of K shared-index entries. Tables are random until a start or training fills them."""
+
+    def __init__(self, config: QuantizerConfig, text: TextEmbedding | None = None) -> None:
+        super().__init__()
+        self.config, self.num_books, self.codebook_size = config, config.num_books, config.codebook_size
+        self.semantic_dims, self.pixel_dims = config.num_books * config.semantic_dim, config.pixel_dims
+        self.dims = self.semantic_dims + sum(config.pixel_dims)
+        kinds = {"free": FreeTable, "ema": EmaTable, "simvq": SimvqTable}
+
+        def table(kind: Kind, dims: int) -> nn.Module | None:
+            if dims == 0:
+                return None
+            if kind != "text":
+                return kinds[kind](config.codebook_size, dims)
+            if text is None:
+                raise ValueError("a text table needs a text embedding to be made of: give one, or set quantizer.semantic_table to free")
+            return TextTable(config.codebook_size, dims, text.rows, text.ids, text.width, config.phrase_len)
+
+        # a part without dims has no table, and its place in the list is None
+        self.semantic_tables: Any = nn.ModuleList(table(config.semantic_table, config.semantic_dim) for _ in range(self.num_books))  # pyright: ignore[reportArgumentType]
+        self.pixel_tables: Any = nn.ModuleList(table(config.pixel_table, dims) for dims in config.pixel_dims)  # pyright: ignore[reportArgumentType]
+        self.register_buffer("usage", torch.ones(self.num_books, config.codebook_size))
+
+    # Latents and entries ------------------------------------------------------------------------------------------
+
+    @property
+    def part_dims(self) -> tuple[int, int]:
+        return self.semantic_dims, sum(self.pixel_dims)
+
+    def parts(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        return entries[:, :self.semantic_dims], entries[:, self.semantic_dims:]
+
+    def books(self, z: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """[n, dims] → (semantic [n, ds], pixel [n, dp]) of each book, of unit length where the configuration says so."""
+        semantic, pixel = self.parts(z.float())
+        return [self._normal(s, p) for s, p in zip(semantic.split(self.config.semantic_dim, -1) if self.semantic_dims
+                                                   else [semantic] * self.num_books, pixel.split(self.pixel_dims, -1), strict=True)]
+
+    def _normal(self, semantic: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        return (F.normalize(semantic, dim=-1) if c.semantic_norm and semantic.shape[-1] else semantic,
+                F.normalize(pixel, dim=-1) if c.pixel_norm and pixel.shape[-1] else pixel)
+
+    def joint(self, book: int, semantic: Tensor, pixel: Tensor) -> Tensor:
+        """[…, ds], […, dp] → […, ds + dp], in which distance decides."""
+        a, b = self.config.weights(book)
+        return torch.cat([a**0.5 * semantic, b**0.5 * pixel], -1)
+
+    def rows(self, book: int, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Semantic [K, ds] and pixel entries [K, dp] of a book; of `codes` [n] alone if given."""
+        count = self.codebook_size if codes is None else len(codes)
+        semantic, pixel = (self.usage.new_zeros(count, 0) if table is None else table.rows(codes)
+                           for table in (self.semantic_tables[book], self.pixel_tables[book]))
+        return self._normal(semantic, pixel)
+
+    def entries(self, book: int) -> Tensor:
+        """[K, ds + dp] of a book, in the space where codes are compared."""
+        return self.joint(book, *self.rows(book))
+
+    def compared(self, entries: Tensor) -> Tensor:
+        return torch.cat([self.joint(m, s, p) for m, (s, p) in enumerate(self.books(entries))], -1)
+
+    def encode(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+            return torch.stack([nearest(self.joint(m, s, p), self.entries(m), self.config.gradient == "all")
+                                for m, (s, p) in enumerate(self.books(z))], -1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        found = [self.rows(m, codes[:, m]) for m in range(self.num_books)]
+        return torch.cat([s for s, _ in found] + [p for _, p in found], -1)
+
+    def forward(self, z: Tensor) -> Quantized:
+        with torch.autocast(z.device.type, enabled=False):
+            books, codes = self.books(z), self.encode(z)
+            parts, squares, entropies = list[tuple[Tensor, Tensor]](), list[Tensor](), list[Tensor]()
+            for m, (zs, zp) in enumerate(books):
+                z_m, chosen = self.joint(m, zs, zp), codes[:, m]
+                if self.config.gradient == "all":
+                    part, square = self._all_rows(m, z_m, chosen)
+                else:
+                    part, square = self._straight_through(m, zs, zp, chosen)
+                parts.append(part)
+                squares.append(square)
+                if self.training and (few := self.config.entropy_latents):
+                    sure, used = sample_entropies(z_m[::max(1, len(z_m) // few)][:few], self.entries(m), self.config.entropy_temperature)
+                    entropies.append(sure - used)
+            losses = {"quantize": torch.stack(squares).sum() / self.dims}
+            if entropies:
+                losses["entropy"] = torch.stack(entropies).mean()
             if self.training:
                 self.count(codes)
-            return Quantized(qs + zs - zs.detach(), qp + zp - zp.detach(), codes, loss)
+                self._follow(books, codes)
+            return Quantized(torch.cat([s for s, _ in parts] + [p for _, p in parts], -1), codes, losses)
 
-    def words(self, book: int) -> Tensor:
-        """[K, p] text ids that name each code."""
-        return self.pieces[self.phrases[book]]
+    def _straight_through(self, book: int, zs: Tensor, zp: Tensor, codes: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """→ parts for the readers, and the squared distance [] that pulls entries to latents and, less, latents to entries."""
+        qs, qp = self.rows(book, codes)
+        q, z = self.joint(book, qs, qp), self.joint(book, zs, zp)
+        square = ((q - z.detach()).square() + self.config.commitment * (z - q.detach()).square()).sum(-1).mean()
+        if self.config.gradient == "latent":
+            qs, qp = qs.detach(), qp.detach()
+        return (qs + (zs - zs.detach()), qp + (zp - zp.detach())), square
 
-    # Keeping every code alive ---------------------------------------------------------------------------------
+    def _all_rows(self, book: int, z: Tensor, codes: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The same for index backpropagation, whose loss has a third term, of the soft choice (IBQ, section 3.2)."""
+        entries = self.entries(book)
+        soft: Tensor = AllRows.apply(z, entries, codes)  # pyright: ignore[reportAssignmentType]
+        hard = F.embedding(codes, entries)
+        square = ((soft - z).square() + (hard.detach() - z).square()
+                  + self.config.commitment * (hard - z.detach()).square()).sum(-1).mean()
+        (a, b), ds = self.config.weights(book), self.config.semantic_dim
+        return (soft[:, :ds] / a**0.5, soft[:, ds:] / b**0.5), square
+
+    # Keeping every code alive -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def count(self, codes: Tensor, momentum: float = 0.98) -> None:
-        size = self.config.codebook_size
-        for m in range(self.config.num_books):
-            share = torch.bincount(codes[:, m], minlength=size).float() * (size / len(codes))
-            self.usage[m].lerp_(share, 1 - momentum)
+    def _follow(self, books: list[tuple[Tensor, Tensor]], codes: Tensor) -> None:
+        for m, latents in enumerate(books):
+            for table, z in zip((self.semantic_tables[m], self.pixel_tables[m]), latents, strict=True):
+                if isinstance(table, EmaTable):
+                    table.follow(z, codes[:, m])
 
     @torch.no_grad()
-    def revive(self, pixel: Tensor, below: float = 0.03, seed: int = 0) -> int:
-        """Move codes used less than `below` of their fair share onto random latents [n, Σ dp]; each takes the phrase of the
-        nearest living code. → how many."""
-        generator = torch.Generator().manual_seed(seed)
-        revived = 0
-        for m, p in enumerate(pixel.float().split(self.config.pixel_dims, -1)):
+    def revive(self, z: Tensor, below: float = 0.03, seed: int = 0) -> int:
+        """Move codes used less than `below` of their fair share onto latents z [n, dims] of all ranks, those far from their entries
+        first (drawn by squared distance, as k-means++ draws). A text table's code takes the phrase of the nearest living one. → how many"""
+        generator, revived = torch.Generator().manual_seed(seed), 0
+        for m, (zs, zp) in enumerate(self.books(z)):
+            tables = self.semantic_tables[m], self.pixel_tables[m]
             dead = (self.usage[m] < below).nonzero().squeeze(-1)
-            dead = dead[torch.randperm(len(dead), generator=generator)[:len(p)]]
-            picks = torch.randperm(len(p), generator=generator)[:len(dead)]
             alive = (self.usage[m] >= below).nonzero().squeeze(-1)
-            like = alive[nearest(p[picks], self.pixel_tables[m][alive])]
-            self.pixel_tables[m][dead] = p[picks]
-            self.phrases[m, dead] = self.phrases[m, like]
+            if not len(dead) or not len(alive) or not any(getattr(table, "movable", False) for table in tables):
+                continue
+            joint, entries = self.joint(m, zs, zp), self.entries(m)
+            away = joined((joint - entries[nearest(joint, entries)]).square().sum(-1)).double().cpu()
+            gumbel = -torch.empty_like(away).exponential_(generator=generator).log()
+            picks = (away.clamp_min(1e-30).log() + gumbel).topk(min(len(dead), len(away))).indices.to(z.device)
+            dead = dead[torch.randperm(len(dead), generator=generator)[:len(picks)].to(z.device)]
+            at = rows_of_ranks(joint, picks)
+            like = alive[nearest(at, entries[alive])]
+            for table, values in zip(tables, (rows_of_ranks(zs, picks), rows_of_ranks(zp, picks)), strict=True):
+                if isinstance(table, TextTable):
+                    table.phrases[dead] = table.phrases[like]
+                elif table is not None and table.movable:
+                    table.put(dead, values)
             self.usage[m, dead] = 1.0
             revived += len(dead)
         return revived
 
-    # Start ------------------------------------------------------------------------------------------------------
+    def words(self, book: int) -> Tensor | None:
+        """[K, p] token ids that name each code, where the semantic table is made of text."""
+        table = self.semantic_tables[book]
+        return table.words() if isinstance(table, TextTable) else None
 
-    @torch.no_grad()
-    def start(self, book: int, entries: Tensor, phrases: Tensor, target: Tensor) -> None:
-        """Fill a book: pixel entries [K, dp], phrases [K, p], and the projection fitted by ridge regression so that each
-        phrase's row points at target [K, ds], the mean semantic latent of what the code stands for."""
-        self.pixel_tables[book].copy_(entries)
-        self.phrases[book] = phrases
-        rows = self.text[phrases].mean(1)  # [K, D]
-        gram = (rows.T @ rows).double()
-        gram.diagonal().add_(0.01 * gram.diagonal().mean())
-        self.projection[book] = torch.linalg.solve(gram, (rows.T @ target).double()).float()
+    @property
+    def text_shape(self) -> tuple[int, int] | None:
+        """(V, D) of the text embedding that the semantic tables are made of, if they are."""
+        table = self.semantic_tables[0]
+        return (len(table.ids), len(table.projection)) if isinstance(table, TextTable) else None
 
+    @property
+    def text_ids(self) -> Tensor | None:
+        table = self.semantic_tables[0]
+        return table.ids if isinstance(table, TextTable) else None
 
-@torch.no_grad()
-def kmeans(x: Tensor, weight: Tensor, count: int, rounds: int, seed: int) -> Tensor:
-    """Weighted k-means: x [n, d], weight [n] → centres [count, d]. Started by k-means++ (Arthur and Vassilvitskii 2007, section 2.2),
-    so far-apart points get a centre each before any crowd gets two; empty clusters move to the worst-served points."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.empty(count, x.shape[1], device=x.device)
-    distance = torch.ones(len(x), device=x.device)
-    for number in range(count):
-        chance = (distance * weight).double().cpu()
-        if chance.sum() <= 0:  # fewer distinct points than codes: the others wait beside points that exist, to be revived
-            spare = torch.randint(len(x), (count - number,), generator=generator).to(x.device)
-            noise = torch.randn(len(spare), x.shape[1], generator=generator).to(x)
-            centres[number:] = x[spare] + 0.5 * noise * x.std()
-            return centres
-        centres[number] = x[int(torch.multinomial(chance, 1, generator=generator))]
-        away = (x - centres[number]).square().sum(-1)
-        distance = away if number == 0 else torch.minimum(distance, away)
-    for _ in range(rounds):
-        index = nearest(x, centres)
-        total = torch.zeros_like(centres).index_add_(0, index, x * weight[:, None])
-        mass = torch.zeros(count, device=x.device).index_add_(0, index, weight)
-        error = (x - centres[index]).square().sum(-1) * weight
-        empty = (mass == 0).nonzero().squeeze(-1)
-        centres = torch.where(mass[:, None] > 0, total / mass.clamp_min(1e-12)[:, None], centres)
-        if len(empty):
-            worst = error.topk(min(len(empty), len(x))).indices
-            centres[empty[:len(worst)]] = x[worst]
-    return centres
+    def freeze(self) -> None:
+        """Keep the rows of text tables as they are now, to be saved."""
+        for table in self.semantic_tables:
+            if isinstance(table, TextTable):
+                table.freeze()

@@ -45,9 +45,11 @@ def vision_tower(config: TowerConfig) -> "VisionTransformer":
     """An open_clip vision tower whose forward gives (pooled [b, embed_dim], patch features [b, gh · gw, c])."""
     from open_clip.transformer import VisionTransformer
 
-    return VisionTransformer(image_size=config.image_size, patch_size=config.patch_size, width=config.width,
+    tower = VisionTransformer(image_size=config.image_size, patch_size=config.patch_size, width=config.width,
                              layers=config.layers, heads=config.heads, mlp_ratio=4.0, pool_type="avg",
                              output_dim=config.embed_dim, output_tokens=True)
+    setattr(tower, "width", config.width)  # noqa: B010  a plain number, not a module
+    return tower
 
 
 class Teacher(nn.Module):
@@ -67,12 +69,8 @@ class Teacher(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.659))
 
     def text_batch(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Ragged ids → [b, context_len]: cut, ended with id T, filled with 0 behind it."""
-        out = torch.zeros(len(texts), self.config.context_len, dtype=torch.long)
-        for row, ids in zip(out, texts, strict=True):
-            ids = [*ids[:self.config.context_len - 1], self.text_size]
-            row[:len(ids)] = torch.tensor(ids)
-        return out
+        """Ragged ids → [b, context_len], ended with id T."""
+        return padded(texts, self.config.context_len, self.text_size)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """[b, 3, H, W] → unit vectors [b, embed_dim]."""
@@ -109,6 +107,15 @@ class Teacher(nn.Module):
             teacher = cls(TowerConfig(**json.loads(sizes["tower"])), int(sizes["text_size"]))
             teacher.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         return teacher.eval().requires_grad_(False)
+
+
+def padded(texts: Sequence[Sequence[int]], context_len: int, end: int) -> Tensor:
+    """Ragged ids → [b, context_len]: cut, ended with id `end`, filled with 0 behind it."""
+    out = torch.zeros(len(texts), context_len, dtype=torch.long)
+    for row, ids in zip(out, texts, strict=True):
+        ids = [*ids[:context_len - 1], end]
+        row[:len(ids)] = torch.tensor(ids)
+    return out
 
 
 def recall_at_1(image: Tensor, text: Tensor) -> float:

@@ -24,7 +24,9 @@ from mmllm.evaluate.likelihood import log_likelihood
 from mmllm.evaluate.understanding import understanding
 from mmllm.generate.engine import Engine
 from mmllm.generate.sample import Sampling
+from tokenizer import metrics
 from tokenizer.model import VisualTokenizer
+from tokenizer.quantize import SharedIndexQuantizer
 from tokenizer.semantic import Teacher, recall_at_1
 
 HELD = tuple(split for split in SPLITS if split != "train")
@@ -42,27 +44,27 @@ def png(picture: Pictures) -> str:
 
 
 def tokenizer_scores(visual: VisualTokenizer, pictures: Pictures) -> tuple[dict[str, Any], Pictures]:
-    """pictures [n, H, W, 3] → PSNR in dB over all pixels (8 bit), usage and perplexity of each book over the set, and what comes
-    back [n, H, W, 3]. Usage is the share of a book's entries chosen at least once; the plain keys are means over books."""
-    parts = torch.from_numpy(np.arange(len(pictures))).split(256)
-    codes = torch.cat([visual.encode(to_tensor(pictures[part.numpy()])) for part in parts])
-    back = np.concatenate([to_uint8(visual.decode(codes[part])) for part in parts])
-    error = np.square(back.astype(np.float64) - pictures).mean()
-    books = []
-    for book in range(visual.num_books):
-        share = torch.bincount(codes[:, book].flatten().long(), minlength=visual.codebook_size).double()
-        share = share / share.sum()
-        entropy = -(share[share > 0] * share[share > 0].log()).sum()
-        books.append({"usage": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()})
-    mean = {key: float(np.mean([book[key] for book in books])) for key in ("usage", "perplexity")}
-    return {"psnr": float(10 * np.log10(255**2 / max(error, 1e-9))), **mean, "books": books}, back
+    """pictures [n, H, W, 3] → PSNR over all pixels, usage and perplexity (the plain keys are means over books), as `tokenizer.metrics`
+    defines them, and what comes back [n, H, W, 3]."""
+    counts = torch.zeros(visual.num_books, visual.codebook_size, dtype=torch.long)
+    errors, back = list[Tensor](), list[Pictures]()
+    for first in range(0, len(pictures), 256):
+        part = pictures[first:first + 256]
+        codes = visual.encode(to_tensor(part))
+        counts += metrics.code_counts(codes, visual.codebook_size)
+        back.append(to_uint8(visual.decode(codes)))
+        errors.append(metrics.squared_error(*(torch.from_numpy(x).movedim(-1, 1) for x in (part, back[-1]))))
+    return {"psnr": metrics.psnr(torch.cat(errors).mean().item()), **metrics.code_use(counts)}, np.concatenate(back)
 
 
 def code_names(visual: VisualTokenizer, engine: Engine, codes: NDArray[np.int32]) -> list[str]:
     """What the codes of one picture [M, h, w] mean in words: a line a position, books apart by a bar."""
     name = engine.folder.text.processor.id_to_piece
-    words = [visual.quantizer.words(book) for book in range(visual.num_books)]
-    return [" | ".join(" ".join(name(int(i)).lstrip("▁") for i in words[book][int(codes[book, y, x])])
+    quantizer = visual.quantizer
+    words = [quantizer.words(book) if isinstance(quantizer, SharedIndexQuantizer) else None for book in range(visual.num_books)]
+    if any(of_book is None for of_book in words):
+        return []
+    return [" | ".join(" ".join(name(int(i)).lstrip("▁") for i in words[book][int(codes[book, y, x])])  # pyright: ignore[reportOptionalSubscript]
                        for book in range(visual.num_books))
             for y in range(codes.shape[1]) for x in range(codes.shape[2])]
 

@@ -1,15 +1,11 @@
 """Checkpoints: whole or absent, readable under any layout of ranks.
 
-A checkpoint is written to `step_XXXXXXX.tmp`, synced, given a `manifest.json` with the size and hash of every file, and
-renamed: the name without `.tmp` *is* the promise that it is whole. A kill at any moment leaves the one before. The
-format is megatron-core's distributed one with fully reshardable optimizer state, so TP, PP and DP may differ between
-the run that saved and the one that loads.
+How a folder is whole or absent is `mmllm.manifest`'s. The format is megatron-core's distributed one with fully reshardable optimizer
+state, so TP, PP and DP may differ between the run that saved and the one that loads.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import queue
 import shutil
 import warnings
@@ -25,11 +21,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from mmllm.manifest import MANIFEST, digest
+from mmllm.manifest import MANIFEST, STATE, entry, finish
 from mmllm.run import write_json
-
-STATE = "state.json"
-"""Step, data position, recipe: what a reader needs without megatron-core or torch."""
 
 
 def sharded_state(model: DistributedDataParallel, optimizer: ChainedOptimizer | None, loading: bool) -> dict[str, Any]:
@@ -46,8 +39,7 @@ def save(folder: Path, step: int, model: DistributedDataParallel, optimizer: Cha
          keep_last: int) -> Path:
     """Save everything at a step under `folder`, then delete all but the last `keep_last`. `state`: plain values to find
     in `state.json`."""
-    final = folder / f"step_{step:07d}"
-    beside = final.with_name(final.name + ".tmp")
+    beside = folder / f"step_{step:07d}.tmp"
     if dist.get_rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -61,57 +53,20 @@ def save(folder: Path, step: int, model: DistributedDataParallel, optimizer: Cha
     if dist.get_rank() == 0:
         write_json(beside / STATE, {"step": step, **state})
     dist.barrier()
-    manifest = hashes(beside)
+    files = hashes(beside)
     if dist.get_rank() == 0:
-        for name in manifest:
-            sync(beside / name)
-        write_json(beside / MANIFEST, {"step": step, "files": manifest})
-        sync(beside)
-        # the same step again, after a refused continuation
-        if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
-        sync(folder)
-        for old in whole(folder)[:-keep_last]:
-            shutil.rmtree(old)
+        finish(beside, step, files, keep_last)
     dist.barrier()
-    return final
+    return beside.with_suffix("")
 
 
 def hashes(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, the work shared among the ranks."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    mine = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-            for name in names[dist.get_rank()::dist.get_world_size()]}
+    mine = {name: entry(folder / name) for name in names[dist.get_rank()::dist.get_world_size()]}
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
-    return dict(sorted({name: entry for part in parts for name, entry in part.items()}.items()))
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def whole(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix == "")
-
-
-def newest(folder: Path) -> Path | None:
-    """The last finished checkpoint under a folder."""
-    finished = whole(folder)
-    return finished[-1] if finished else None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    return state
+    return dict(sorted({name: listed for part in parts for name, listed in part.items()}.items()))
 
 
 def load(checkpoint: Path, model: DistributedDataParallel, optimizer: ChainedOptimizer | None) -> None:

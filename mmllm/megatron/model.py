@@ -34,21 +34,11 @@ from mmllm.megatron.attention import CoreAttention, PackedSelfAttention
 from mmllm.megatron.layers import RmsNorm, SwiGlu
 from mmllm.megatron.loss import HeadLoss, Targets, statistics
 from mmllm.megatron.parallel import Layout
+from mmllm.run import resolve_precision
 
 VOCAB_MULTIPLE = 128
 """The vocabulary rows of the model divide by this, so any tensor-parallel width that is a power of two up to it can
 split them."""
-
-
-def resolve_precision(precision: str) -> torch.dtype:
-    """auto: bf16 only where the hardware multiplies it. Without, a CPU multiplies bf16 matrices 5–8 × slower than
-    fp32."""
-    if precision == "auto":
-        flags = Path("/proc/cpuinfo")
-        words = set(flags.read_text().split()) if flags.is_file() else set[str]()
-        native = torch.cuda.is_available() or words & {"avx512_bf16", "amx_bf16"}
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def transformer_config(model: Model, layout: Layout, dtype: torch.dtype) -> Any:

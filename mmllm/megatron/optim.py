@@ -14,7 +14,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from mmllm.config import Optim, Pretrain
-from mmllm.megatron.model import Decoder, resolve_precision
+from mmllm.megatron.model import Decoder
+from mmllm.run import resolve_precision
 
 
 def wrap(decoder: Decoder) -> DistributedDataParallel:

@@ -8,10 +8,8 @@ checkpoint.
 from __future__ import annotations
 
 import gc
-import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ from torch import Tensor
 
 from data.loader import Loader
 from mmllm.config import CONTINUABLE, Pretrain, recipe_fields, recipe_hash
-from mmllm.manifest import verify
+from mmllm.manifest import newest, read_state, verify
 from mmllm.megatron import checkpoint, optim, parallel
 from mmllm.megatron.batch import MicroBatch, Rows, micro_batches
 from mmllm.megatron.loss import STATISTICS, means
 from mmllm.megatron.model import build
 from mmllm.megatron.parallel import Layout
-from mmllm.run import Log, resident_bytes, write_json
+from mmllm.run import Log, StopOnSignal, resident_bytes, write_json
 
 
 def train(recipe: Pretrain) -> None:
@@ -53,7 +51,7 @@ def run(recipe: Pretrain, loader: Rows, layout: Layout) -> None:
     model = optim.wrap(build(recipe, layout, loader.vocab.size))
     optimizer = optim.make(recipe, model)
     folder = recipe.out / "checkpoints"
-    start_from = checkpoint.newest(folder)
+    start_from = newest(folder)
     first = resume(start_from, recipe, loader, model, optimizer, layout) if start_from is not None else 0
     gc.freeze()  # megatron-core collects garbage at each save: 0.1 s over what was imported, which never changes
 
@@ -71,7 +69,7 @@ def run(recipe: Pretrain, loader: Rows, layout: Layout) -> None:
 
             done = step + 1
             tokens_since += recipe.global_batch * loader.row_len
-            stopping = stop.asked(layout)
+            stopping = stop.asked()
             last = done == recipe.steps or stopping
             if log is not None and (last or done % recipe.log_every == 0 or done == 1):
                 now = time.perf_counter()
@@ -145,7 +143,7 @@ def resume(start_from: Path, recipe: Pretrain, loader: Rows, model: DistributedD
     dist.broadcast_object_list(problem)
     if problem[0]:
         raise ValueError(problem[0])
-    saved = checkpoint.read_state(start_from)
+    saved = read_state(start_from)
     differing = list[str]()
     if saved["plan_hash"] != loader.plan_hash:
         differing.append(f"data order (plan {saved['plan_hash']} then, {loader.plan_hash} now)")
@@ -174,22 +172,3 @@ def report_bad_step(recipe: Pretrain, layout: Layout, step: int, batches: list[M
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     raise FloatingPointError(f"step {step}, rank {layout.rank}: the loss is not finite ({losses}); its samples "
                              f"are {named}; the batch is saved in {path}")
-
-
-@dataclass
-class StopOnSignal:
-    """SIGTERM is remembered and acted on between steps, by every rank at the same step."""
-
-    received: bool = False
-
-    def __post_init__(self) -> None:
-        def remember(*_: Any) -> None:
-            self.received = True
-        signal.signal(signal.SIGTERM, remember)
-
-    def asked(self, layout: Layout) -> bool:
-        if layout.ranks == 1:
-            return self.received
-        flag = torch.tensor([int(self.received)], device=layout.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from data.chat import DESCRIBE_REQUESTS
-from data.images import fit, load_image, to_tensor, to_uint8
+from data.images import fitted, to_tensor, to_uint8
+from data.tokens import sizes_of
 from mmllm.generate.engine import Engine, Plan
 from mmllm.generate.sample import Sampling
 
@@ -58,7 +59,7 @@ def chat(engine: Engine, lines: Iterable[str], screen: TextIO, out: Path, plan: 
             elif command == "/new":
                 turns, attached = [], []
             elif command == "/image":
-                picture = fit(load_image(Path(argument).expanduser()), engine.visual.image_size)
+                picture = fitted(Path(argument).expanduser(), sizes_of(engine.visual))
                 codes = engine.codes(to_tensor(np.asarray(picture))[None])[0]
                 attached.append({"type": "image", "codes": codes})
             elif command == "/seed":

@@ -1,7 +1,9 @@
 """Verbs on shards: `mmllm data …`."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mmllm.progress import say
 from mmllm.verbs.verb import Verb
@@ -68,20 +70,50 @@ class Encode:
     """Visual tokenizer, a folder."""
     text: Path
     """Text tokenizer, a text.model file."""
+    processes: int = 1
+    """Processes, each with its share of the shards, the cores and the GPUs."""
+    node: int = 0
+    """Number of this machine among `nodes` that encode the same folder into the same folder."""
+    nodes: int = 1
+    """Machines at work; the last to end writes the manifest."""
+    batch_len: int = 256
+    """Pictures that are encoded at once."""
+    max_bad: float = 0.0
+    """Largest share of a shard's documents that may be left out, rounded up to whole documents."""
+    max_pixels: int = 64_000_000
+    """Largest picture that is decoded."""
+    min_side: int = 1
+    """Shortest side of a picture that is taken, in pixels."""
+    max_aspect: float = 20.0
+    """Longest side over the shortest of a picture that is taken."""
+    animated: Literal["first", "refuse"] = "first"
+    """A picture of several frames: its first one, or none."""
 
 
 def data_encode(args: Encode) -> None:
     from data import shards
-    from data.encode import encode
+    from data.encode import ProcessFailed, encode
+    from data.images import Limits
     from data.vocab import Vocab
+    from mmllm.launch import RankFailed
     from mmllm.progress import Progress
     from tokenizer.model import VisualTokenizer
     from tokenizer.text import TextTokenizer
 
     visual, text = VisualTokenizer.load(args.tokenizer), TextTokenizer.load(args.text)
     vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
-    with Progress("encoding", "shards") as progress:
-        say(f"manifest: {encode(shards.find(args.raw), args.out, visual, text, vocab, progress)}")
+    limits = Limits(max_pixels=args.max_pixels, min_side=args.min_side, max_aspect=args.max_aspect, animated=args.animated)
+    try:
+        with Progress("encoding", "shards") as progress:
+            manifest = encode(shards.find(args.raw), args.out, args.tokenizer, args.text, vocab, progress, processes=args.processes,
+                              max_bad=args.max_bad, batch_len=args.batch_len, limits=limits, node=(args.node, args.nodes))
+    except ProcessFailed as error:
+        raise RankFailed(str(error)) from error
+    if not manifest.exists():
+        say(f"node {args.node} is done; the last of {args.nodes} nodes to end writes {manifest}")
+        return
+    skipped = json.loads(manifest.read_text())["skipped"]
+    say(f"manifest: {manifest}" + "".join(f"; left out: {count} × {cause}" for cause, count in skipped.items()))
 
 
 VERBS = {

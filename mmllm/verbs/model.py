@@ -84,12 +84,13 @@ class Describe:
 
 
 def describe(args: Describe) -> None:
-    from data.images import fit, load_image, to_array, to_tensor
+    from data.images import fitted, load_image, to_array, to_tensor
+    from data.tokens import sizes_of
     from mmllm.generate.engine import Engine
 
-    picture = load_image(args.picture)
+    load_image(args.picture)  # refused, if it is, before a model is loaded
     engine = Engine.load(args.model)
-    say(engine.describe(to_tensor(to_array(fit(picture, engine.visual.image_size))[None]), args.question)[0])
+    say(engine.describe(to_tensor(to_array(fitted(args.picture, sizes_of(engine.visual)))[None]), args.question)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
