@@ -26,6 +26,7 @@ from data.convert import convert
 from data.document import texts_of
 from data.encode import encode, fingerprint
 from data.loader import DataConfig, Loader
+from data.pairs import Pairs
 from data.scenes import World
 from data.vocab import Vocab
 from mmllm.config import Model, Optim, Parallel, Pretrain
@@ -34,12 +35,12 @@ from mmllm.evaluate.measure import evaluate_pictures, evaluate_scenes
 from mmllm.export import export
 from mmllm.progress import Progress, say
 from mmllm.run import write_json
-from mmllm.runs import pretrain, sft
+from mmllm.runs import pretrain, sft, train_tokenizer
 from mmllm.runs.sft import Sft
-from mmllm.runs.train_tokenizer import TrainTokenizer, pairs, train_teacher, train_tokenizer
+from mmllm.runs.tokenizer_recipe import TrainTokenizer, TrainVisual
 from tokenizer import text as text_tokenizer
 from tokenizer.model import VisualTokenizer
-from tokenizer.semantic import Teacher
+from tokenizer.quantize import SharedIndexQuantizer
 from tokenizer.text import TextTokenizer
 
 
@@ -203,25 +204,24 @@ def _text(recipe: Quickstart) -> TextTokenizer:
     return TextTokenizer.load(recipe.out / "text.model")
 
 
+def visual_recipe(recipe: Quickstart) -> TrainVisual:
+    return TrainVisual(raw=recipe.out / "raw", text=recipe.out / "text.model", out=recipe.out / "visual_tokenizer",
+                       training=replace(recipe.tokenizer, seed=recipe.seed))
+
+
 def make_teacher(recipe: Quickstart) -> None:
-    pictures, texts = pairs(recipe.out / "raw", "train-")
-    with Progress("teacher", "steps") as progress:
-        teacher = train_teacher(pictures, texts, _text(recipe), replace(recipe.tokenizer, seed=recipe.seed), progress)
-    teacher.save(recipe.out / "teacher.safetensors")
+    training = visual_recipe(recipe)
+    pairs = Pairs(shards.find(training.raw, "train-"), training.training.model.sizes, training.run / "index")
+    train_tokenizer.make_teacher(training, pairs, _text(recipe))
 
 
 def make_visual_tokenizer(recipe: Quickstart) -> None:
-    pictures, texts = pairs(recipe.out / "raw", "train-")
-    held, _ = pairs(recipe.out / "raw", "seen-")
-    with Progress("tokenizer", "steps") as progress:
-        model = train_tokenizer(pictures, texts, held, Teacher.load(recipe.out / "teacher.safetensors"), _text(recipe),
-                                replace(recipe.tokenizer, seed=recipe.seed), progress)
-    model.save(recipe.out / "visual_tokenizer")
+    train_tokenizer.main(visual_recipe(recipe))
 
 
 def make_token_shards(recipe: Quickstart) -> None:
     visual, text = VisualTokenizer.load(recipe.out / "visual_tokenizer"), _text(recipe)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
+    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
     with Progress("encoding", "shards") as progress:
         encode(shards.find(recipe.out / "raw", "train-") + shards.find(recipe.out / "raw", "seen-"),
                recipe.out / "tokens", visual, text, vocab, progress)
@@ -234,12 +234,14 @@ def write_rows(path: Path, visual: VisualTokenizer, vocab: Vocab, recipe: Quicks
     width, std = recipe.model.hidden_size, recipe.model.init_std
     generator = torch.Generator().manual_seed(recipe.seed)
     rows = torch.randn(vocab.size, width, generator=generator)
-    for book, table in enumerate(visual.quantizer.pixel_tables):
+    quantizer = visual.quantizer
+    assert isinstance(quantizer, SharedIndexQuantizer), "the quick start's tokenizers have books that look like something"
+    for book in range(visual.num_books):
         first = vocab.first_image + book * vocab.codebook_size
+        table, words = quantizer.rows(book)[1], quantizer.words(book)
         look = (table - table.mean(0)) / table.std().clamp_min(1e-6)
         look = look @ torch.randn(look.shape[1], width, generator=generator) / look.shape[1]**0.5
-        phrase = rows[visual.quantizer.words(book)].mean(1)
-        rows[first:first + vocab.codebook_size] = phrase + look
+        rows[first:first + vocab.codebook_size] = look + (rows[words].mean(1) if words is not None else 0)
     safetensors.torch.save_file({"rows": rows * std, "ids": torch.arange(vocab.size)}, path)
 
 
@@ -262,7 +264,7 @@ def run_pretraining(recipe: Quickstart) -> None:
 
 def _fingerprint(recipe: Quickstart) -> str:
     visual, text = VisualTokenizer.load(recipe.out / "visual_tokenizer"), _text(recipe)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
+    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
     return fingerprint(visual.fingerprint, text.fingerprint, vocab)
 
 

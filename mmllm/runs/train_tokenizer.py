@@ -1,163 +1,143 @@
-"""Train the visual tokenizer: the CLIP teacher first, then the codebook that is distilled from it.
+"""Train the visual tokenizer: assemble the parts a recipe names, start the codebooks, run the stages, save.
 
-    teacher   contrastive and word losses on pictures and captions
-    start     closed-form latents, k-means of each book, semantic directions, phrases for the semantic table
-    refine    gradient steps on everything but the tower, dead codes revived; kept only where validation is better
+    teacher   a small CLIP trained here, or a pretrained tower
+    start     closed-form latents or first latents, k-means of each book, phrases for a text table
+    align     everything trains (mmllm/runs/tokenizer_steps.py)
+    decode    codes frozen, the pixel decoder trains on
 
-Letters: n pictures, b batch, T text pieces.
+A run that stops goes on from its newest checkpoint and ends with the weights it would have had without the interruption, bit for bit.
 """
 
-import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import shards
-from data.images import load_image, to_array, to_tensor
+from data.images import to_tensor
+from data.pairs import Pairs
+from mmllm import launch, sharded
+from mmllm.manifest import newest, read_state, verify
 from mmllm.progress import Progress
-from tokenizer.layers import LinearPatches, patches_of
-from tokenizer.model import TokenizerConfig, VisualTokenizer
-from tokenizer.quantize import kmeans, nearest
+from mmllm.run import Log, StopOnSignal, seed_all, write_json
+from mmllm.runs.tokenizer_recipe import TrainTokenizer, TrainVisual, check
+from mmllm.runs.tokenizer_steps import Run, run_stage
+from mmllm.runs.train_teacher import train_teacher
+from tokenizer.contrastive import TextTower
+from tokenizer.model import VisualTokenizer
+from tokenizer.objective import CodeContrast, Objective
+from tokenizer.perceptual import Perceptual, edges
+from tokenizer.quantize import SharedIndexQuantizer, TextEmbedding
+from tokenizer.ranks import rank
 from tokenizer.semantic import Teacher
+from tokenizer.start import start
 from tokenizer.text import TextTokenizer
+from tokenizer.towers import Tower
 
-Log = Callable[[int, int, dict[str, float]], None]
-"""Called with step, steps and measures."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherTraining:
-    """Steps of the CLIP teacher."""
-
-    steps: int = 400
-    """Optimizer steps."""
-    batch: int = 64
-    """Pictures a step."""
-    lr: float = 2e-3
-    """Of AdamW; cosine to zero."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
-    """Start and refinement of the codebook."""
-
-    start_patches: int = 60_000
-    """Patches that the start is fitted to."""
-    kmeans_rounds: int = 15
-    """Rounds of k-means."""
-    steps: int = 100
-    """Gradient steps after the start."""
-    batch: int = 64
-    """Pictures a step."""
-    lr: float = 3e-4
-    """Of AdamW; cosine to zero."""
-    semantic_weight: float = 0.1
-    """Weight of the distillation loss."""
-    revive_every: int = 25
-    """Steps between revivals of dead codes, in the first half."""
-    validate_every: int = 25
-    """Steps between validations; the best state is kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTokenizer:
-    """Everything `mmllm tokenizer train` needs to know."""
-
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    teacher: TeacherTraining = field(default_factory=TeacherTraining)
-    tokenizer: TokenizerTraining = field(default_factory=TokenizerTraining)
-    seed: int = 0
-    """Of every draw."""
-
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainVisual:
-    """Train teacher and visual tokenizer on the pairs of raw shards."""
-
-    raw: Path
-    """Folder of raw shards: train-*.tar to learn from, seen-*.tar to validate on."""
-    text: Path
-    """Text tokenizer, a text.model file."""
-    out: Path
-    """Folder for the visual tokenizer; teacher.safetensors is written beside it."""
-    training: TrainTokenizer = field(default_factory=TrainTokenizer)
-    """Sizes and steps."""
+STOPPED = 143
+"""Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
 
 
 def main(recipe: TrainVisual) -> Path:
-    """Teacher, then tokenizer. → `recipe.out`"""
-    text = TextTokenizer.load(recipe.text)
-    pictures, texts = pairs(recipe.raw, "train-")
-    with Progress("teacher", "steps") as progress:
-        teacher = train_teacher(pictures, texts, text, recipe.training, progress)
-    teacher.save(recipe.out.parent / "teacher.safetensors")
-    with Progress("tokenizer", "steps") as progress:
-        model = train_tokenizer(pictures, texts, pairs(recipe.raw, "seen-")[0], teacher, text, recipe.training, progress)
-    model.save(recipe.out)
+    """Train to the last step; under torchrun this process is one rank, else ranks are started here. → `recipe.out`"""
+    if launch.under_torchrun():
+        recipe = replace(recipe, training=replace(recipe.training, ranks=int(os.environ["WORLD_SIZE"])))
+    check(recipe.training)
+    if recipe.training.ranks > 1 and not launch.under_torchrun():
+        launch.launch("mmllm.runs.train_tokenizer:train", recipe, recipe.training.ranks)
+    else:
+        train(recipe)
+    if not (recipe.out / "model.safetensors").is_file():
+        raise SystemExit(STOPPED)  # told to stop, saved, to be continued
     return recipe.out
 
 
-def pairs(raw: Path, prefix: str) -> tuple[NDArray[np.uint8], list[str]]:
-    """Pictures [n, H, W, 3] and texts of the documents that are one picture with one text."""
-    pictures, texts = list[NDArray[np.uint8]](), list[str]()
-    for document in shards.read_all(shards.find(raw, prefix)):
-        images = [part for part in document.parts if isinstance(part, bytes)]
-        words = [part for part in document.parts if isinstance(part, str)]
-        if len(images) == len(words) == 1:
-            pictures.append(to_array(load_image(images[0])))
-            texts.append(words[0])
-    if not pictures:
-        raise ValueError(f"{raw}: no document of {prefix}*.tar is one picture with one text: there is nothing to train on")
-    return np.stack(pictures), texts
+def train(recipe: TrainVisual) -> None:
+    """One rank."""
+    training = recipe.training
+    if training.ranks > 1:
+        launch.join()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    text = TextTokenizer.load(recipe.text)
+    pairs = Pairs(shards.find(recipe.raw, "train-"), training.model.sizes, recipe.run / "index")
+    held = Pairs(shards.find(recipe.raw, "seen-"), training.model.sizes, recipe.run / "index")
+    own = make_teacher(recipe, pairs, text) if training.teacher.steps else None
+    seed_all(training.seed)
+    objective = assemble(training, own, text, pairs).to(device)
+    resumed = newest(recipe.run / "checkpoints")
+    if resumed is None:
+        start_books(training, objective.tokenizer, text, pairs, device)
+    else:
+        verify(resumed)
+    at, step = ("align", 0) if resumed is None else (read_state(resumed)[name] for name in ("stage", "step"))
+    stages = [(name, stage) for name, stage in (("align", training.align), ("decode", training.decode)) if stage.steps]
+    total = sum(stage.steps for _, stage in stages)
+    stop, before = StopOnSignal(), 0
+    if rank() == 0:
+        write_json(recipe.run / "recipe.json", asdict(recipe))
+    log = Log(recipe.run, total, after_step=step, title="tokenizer") if rank() == 0 else None
+    for name, stage in stages:
+        if step < before + stage.steps or name == stages[-1][0]:
+            run = Run(training, name, stage, objective, pairs, held, recipe.run / "checkpoints", before, total, device)
+            if not run_stage(run, step, resumed if at == name else None, stop, log):
+                return
+        before += stage.steps
+    save(recipe, objective)
 
 
-class _Batches:
-    """Batch `step` of an endless reshuffled pass over `count` samples; a pure function of the seed."""
-
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        self.count, self.batch, self.seed = count, min(batch, count), seed
-        self.epoch, self.order = -1, np.empty(0, np.int64)
-
-    def __call__(self, step: int) -> NDArray[np.int64]:
-        a_pass = self.count // self.batch
-        epoch, at = divmod(step, a_pass)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        return self.order[at * self.batch:(at + 1) * self.batch]
+def make_teacher(recipe: TrainVisual, pairs: Pairs, text: TextTokenizer) -> Teacher:
+    """The small CLIP: as it was saved, or trained by the first rank now."""
+    if rank() == 0 and not recipe.teacher.is_file():
+        with Progress("teacher", "steps") as progress:
+            training = recipe.training
+            train_teacher(pairs, text, training.model.tower, training.teacher, training.seed, progress).save(recipe.teacher)
+    if recipe.training.ranks > 1:
+        torch.distributed.barrier()
+    return Teacher.load(recipe.teacher)
 
 
-def _cosine(step: int, steps: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def assemble(training: TrainTokenizer, own: Teacher | None, text: TextTokenizer, pairs: Pairs) -> Objective:
+    """Tokenizer, teacher, text tower and perceptual loss as the recipe names them. Errors: one line, before any step."""
+    config = training.model
+    needs_text = config.quantizer.kind == "shared" and config.quantizer.semantic_table == "text"
+    model = VisualTokenizer(config, text_embedding(training, own, text, pairs) if needs_text else None)
+    if own is not None:
+        model.semantic_tower.load_state_dict(own.visual.state_dict())
+    teacher: nn.Module | None = None
+    if training.teacher_source:
+        teacher = Tower.load(training.teacher_source)
+        teacher.expect(config.teacher_width or model.tower_width, "model.teacher_width")
+    elif config.train_tower:  # as it was before training
+        teacher = own.visual if own is not None else model.frozen_tower()
+    stages = [stage for stage in (training.align, training.decode) if stage.steps]
+    contrast = None
+    if any(stage.weights.contrastive for stage in stages):
+        tower = TextTower.load(training.text_tower) if training.text_tower else TextTower.small(config.tower, text.size, text.encode)
+        contrast = CodeContrast(model.quantizer.part_dims[0], tower, training.contrast)
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    if training.perceptual != "none" and any(stage.weights.perceptual for stage in stages):
+        perceptual = edges if training.perceptual == "edges" else Perceptual.load(training.perceptual, training.perceptual_weights)
+    return Objective(model, teacher, contrast, perceptual)
 
 
-def train_teacher(images: NDArray[np.uint8], texts: Sequence[str], text: TextTokenizer, recipe: TrainTokenizer,
-                  log: Log = lambda step, steps, terms: None) -> Teacher:
-    """images [n, H, W, 3] and their captions → a trained teacher, in eval mode."""
-    torch.manual_seed(recipe.seed)
-    training = recipe.teacher
-    teacher = Teacher(recipe.model.tower, text.size)
-    ids = teacher.text_batch([text.encode(t) for t in texts])
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=training.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = _Batches(len(images), training.batch, recipe.seed)
-    for step in range(training.steps):
-        pick = batches(step)
-        loss, terms = teacher(to_tensor(images[pick]), ids[torch.from_numpy(pick)])
-        _check(loss, step, "teacher")
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * _cosine(step, training.steps, 20)
-        optimizer.step()
-        if (step + 1) % 25 == 0 or step + 1 == training.steps:
-            log(step + 1, training.steps, {k: v.item() for k, v in terms.items()})
-    return teacher.eval().requires_grad_(False)
+def text_embedding(training: TrainTokenizer, own: Teacher | None, text: TextTokenizer, pairs: Pairs) -> TextEmbedding:
+    """What a text table is made of: rows of a language model's input embedding, or those of the small CLIP that its captions use."""
+    if training.text_rows is not None:
+        from tokenizer.text_rows import read, select
+
+        rows = select(read(training.text_rows), training.model.quantizer.codebook_size, training.text_selection, training.seed)
+        embedding, ids = rows.embedding, rows.ids
+    else:
+        assert own is not None
+        ids = usable_rows(text.encode_all(pairs.texts), text.size)
+        embedding = own.text.token_embedding.weight[ids].detach()  # pyright: ignore[reportIndexIssue]
+    embedding = embedding - embedding.mean(0)
+    return TextEmbedding(embedding / embedding.norm(dim=-1).mean(), ids, embedding.shape[1])
 
 
 def usable_rows(texts: Sequence[Sequence[int]], size: int) -> Tensor:
@@ -168,99 +148,37 @@ def usable_rows(texts: Sequence[Sequence[int]], size: int) -> Tensor:
     return ((count > 0) & (count < 0.9 * len(texts))).nonzero().squeeze(-1)
 
 
-def train_tokenizer(images: NDArray[np.uint8], texts: Sequence[str], held: NDArray[np.uint8], teacher: Teacher,
-                    text: TextTokenizer, recipe: TrainTokenizer,
-                    log: Log = lambda step, steps, terms: None) -> VisualTokenizer:
-    """images [n, H, W, 3] with their captions to learn from, held [m, H, W, 3] to validate on. → in eval mode"""
-    torch.manual_seed(recipe.seed)
-    training = recipe.tokenizer
-    ids = [text.encode(t) for t in texts]
-    rows = usable_rows(ids, text.size)
-    embedding = teacher.text.token_embedding.weight[rows].detach()
-    embedding = embedding - embedding.mean(0)
-    model = VisualTokenizer(recipe.model, embedding / embedding.norm(dim=-1).mean(), rows)
-    model.semantic_tower.load_state_dict(teacher.visual.state_dict())
-    start(model, images, ids, rows, recipe)
-    batches = _Batches(len(images), training.batch, recipe.seed + 1)
-    valid = to_tensor(held[:256])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=training.lr, betas=(0.9, 0.98),
-                                  weight_decay=0.0)
-    best, psnr = validate(model, valid, training.semantic_weight)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}
-    log(0, training.steps, {"psnr": psnr})
-    for step in range(training.steps):
-        pick = to_tensor(images[batches(step)])
-        model.train()
-        out = model(pick, training.semantic_weight)
-        _check(out.total, step, "tokenizer")
-        optimizer.zero_grad()
-        out.total.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * _cosine(step, training.steps, 20)
-        optimizer.step()
-        if (step + 1) % training.revive_every == 0 and step < training.steps // 2:
-            model.quantizer.revive(model.patches(pick), seed=recipe.seed + step)
-        if (step + 1) % training.validate_every == 0 or step + 1 == training.steps:
-            loss, psnr = validate(model, valid, training.semantic_weight)
-            log(step + 1, training.steps, {"psnr": psnr, **{k: v.item() for k, v in out.terms.items()}})
-            if loss < best:
-                best, kept = loss, {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(kept)
-    return model.eval().requires_grad_(False)
+def start_books(training: TrainTokenizer, model: VisualTokenizer, text: TextTokenizer, pairs: Pairs, device: torch.device) -> None:
+    """Codebooks from about `start.patches` positions of pictures, shared out among the ranks."""
+    if not training.start.patches:
+        return
+    grid = model.grid[0] * model.grid[1]
+    group = np.flatnonzero(pairs.groups == np.bincount(pairs.groups).argmax())  # pictures of one size
+    sample = np.random.default_rng(training.seed).permutation(group)[:max(training.ranks, training.start.patches // grid)]
+    batch = pairs.batch(sample[rank()::training.ranks])
+    ids = model.text_ids
+    said = None
+    if ids is not None and training.text_rows is None:
+        place, said = {int(row): column for column, row in enumerate(ids)}, torch.zeros(len(batch.texts), len(ids))
+        for line, words in zip(said, text.encode_all(batch.texts), strict=True):
+            line[[place[i] for i in words if i in place]] = 1
+        said = said.to(device)
+    start(model, to_tensor(batch.pictures).to(device), said, training.start.rounds, training.seed)
 
 
-@torch.no_grad()
-def start(model: VisualTokenizer, images: NDArray[np.uint8], texts: Sequence[Sequence[int]], rows: Tensor,
-          recipe: TrainTokenizer) -> None:
-    """Latents in closed form, then book by book: k-means on distinct pixel latents, the semantic directions in which the clusters
-    differ, and each cluster's phrase: the caption tokens that its pictures have more often than others."""
-    training, config, grid = recipe.tokenizer, recipe.model.quantizer, model.grid[0] * model.grid[1]
-    sample = np.random.default_rng(recipe.seed).permutation(len(images))[:max(1, training.start_patches // grid)]
-    pictures = to_tensor(images[sample])
-    said = torch.zeros(len(sample), len(rows))
-    place = {int(row): column for column, row in enumerate(rows)}
-    for line, number in zip(said, sample, strict=True):
-        line[[place[i] for i in texts[number] if i in place]] = 1
-    said = (said - said.mean(0)).repeat_interleave(grid, 0)  # [n, V]
-    if isinstance(model.patches, LinearPatches):
-        model.patches.start(patches_of(pictures, recipe.model.tower.patch_size))
-    features = torch.cat([model.features(part) for part in pictures.split(256)])  # [n, c]
-    pixel = torch.cat([model.patches(part) for part in pictures.split(256)]).split(config.pixel_dims, -1)
-    for book, latents in enumerate(pixel):
-        # plain ground is most of every picture and one code to learn: distinct latents, each weighted by √count
-        _, first, count = np.unique((latents * 64).round().to(torch.int16).numpy(), axis=0, return_index=True,
-                                    return_counts=True)
-        entries = kmeans(latents[first], torch.from_numpy(count).float().sqrt(), config.codebook_size,
-                         training.kmeans_rounds, recipe.seed + book)
-        index = nearest(latents, entries)
-        size = torch.bincount(index, minlength=len(entries)).clamp_min(1)[:, None]
-        mean = torch.zeros(len(entries), features.shape[1]).index_add_(0, index, features) / size
-        lift = torch.zeros(len(entries), len(rows)).index_add_(0, index, said) / size
-        part = slice(book * config.semantic_dim, (book + 1) * config.semantic_dim)
-        weight, bias = principal(mean, config.semantic_dim)
-        model.semantic_in.weight[part], model.semantic_in.bias[part] = weight, bias
-        model.quantizer.start(book, entries, lift.topk(config.phrase_len).indices,
-                              F.normalize(mean @ weight.T + bias, dim=-1))
-
-
-def principal(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """x [n, c] → weight [dims, c] and bias [dims] of the map to its principal directions, half whitened."""
-    mean = x.mean(0)
-    values, vectors = torch.linalg.eigh(((x - mean).T @ (x - mean) / len(x)).double())
-    scale = values.flip(-1)[:dims].clamp_min(1e-9) ** -0.25
-    weight = (vectors.flip(-1)[:, :dims] * scale).T.float()
-    return weight, -weight @ mean
-
-
-@torch.no_grad()
-def validate(model: VisualTokenizer, images: Tensor, semantic_weight: float) -> tuple[float, float]:
-    """→ training loss, and PSNR in dB over all pixels, of pictures in [-1, 1]."""
-    model.eval()
-    out = model(images, semantic_weight)
-    error = F.mse_loss(out.images.clamp(-1, 1), images).item()
-    return out.total.item(), 10 * math.log10(4 / max(error, 1e-12))
-
-
-def _check(loss: Tensor, step: int, what: str) -> None:
-    if not torch.isfinite(loss):
-        raise ValueError(f"{what} training: the loss is {loss.item()} at step {step}; lower its learning rate")
+def save(recipe: TrainVisual, objective: Objective) -> None:
+    """The tokenizer, written by the first rank; beside it, the head and text tower of a contrastive loss."""
+    model = objective.tokenizer
+    if isinstance(model.quantizer, SharedIndexQuantizer):
+        model.quantizer.freeze()
+    weights = sharded.gathered(objective.state_dict())
+    if rank() != 0:
+        return
+    ids = model.text_ids
+    shape = model.quantizer.text_shape if isinstance(model.quantizer, SharedIndexQuantizer) else None
+    whole = VisualTokenizer(model.config, TextEmbedding(None, ids, shape[1]) if ids is not None and shape else None)
+    whole.load_state_dict({name.removeprefix("tokenizer."): value for name, value in weights.items() if name.startswith("tokenizer.")})
+    whole.eval().requires_grad_(False).save(recipe.out)
+    if objective.contrast is not None:
+        head = {name.removeprefix("contrast."): value.contiguous() for name, value in weights.items() if name.startswith("contrast.")}
+        safetensors.torch.save_file(head, recipe.out / "contrast.safetensors")
