@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenizer.lookup_free import BinaryQuantizer, FsqQuantizer
+from tokenizer.nearest import entropies
 from tokenizer.quantize import Quantizer, QuantizerConfig, SharedIndexQuantizer
 from tokenizer.residual import ResidualQuantizer
 from tokenizer.tables import EmaTable
@@ -139,3 +140,11 @@ def test_every_finite_scalar_code_has_an_entry_of_its_own() -> None:
     entries = q.decode(torch.arange(1000)[:, None])
     assert len(entries.unique(dim=0)) == 1000
     assert torch.equal(q(entries * 3).codes, q.encode(entries * 3))
+
+
+def test_entropies_of_codes_that_nothing_is_near_have_finite_gradients() -> None:
+    z = (torch.ones(20, 8) * 50).requires_grad_()
+    sure, used = BinaryQuantizer(QuantizerConfig(kind="lfq", bits=(8,))).entropies(z)
+    assert torch.autograd.grad(sure - used, z)[0].isfinite().all()
+    sure, used = entropies(z, torch.eye(8), 0.01)
+    assert torch.autograd.grad(sure - used, z)[0].isfinite().all()

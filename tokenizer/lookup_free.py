@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.nearest import TINY
 from tokenizer.quantize import Quantized, Quantizer, QuantizerConfig
 
 
@@ -110,7 +111,7 @@ class BinaryQuantizer(Quantizer):
         for some in p.split(group, -1):
             # the mean of outer products is one product: [n, 2^⌈g/2⌉], [n, 2^⌊g/2⌋] → [2^⌈g/2⌉, 2^⌊g/2⌋], and no latent's 2^g are built
             high, low = (_joint(half) for half in some.tensor_split([(some.shape[-1] + 1) // 2], -1))
-            used = used + torch.special.entr(high.T @ low / len(p)).sum()
+            used = used + torch.special.entr((high.T @ low / len(p)).clamp_min(TINY)).sum()
         return each, used
 
 

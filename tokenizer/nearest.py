@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Scores that exist at once: 4 MiB stay in a CPU's cache, a GPU wants large products."""
+TINY = 1e-30
+"""Least share of a code in an entropy: at 0 its gradient is infinite."""
 FEWEST = 16
 """Latents in a tile of whole rows, however many entries there are: a product of fewer takes as long."""
 
@@ -86,7 +88,7 @@ def entropies(z: Tensor, entries: Tensor, temperature: float) -> tuple[Tensor, T
         for part in tiles(z, entries):
             entropy, p = checkpoint(tile, part, entries, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             each, total = each + entropy, total + p
-        return each / len(z), torch.special.entr(total / len(z)).sum()
+        return each / len(z), torch.special.entr((total / len(z)).clamp_min(TINY)).sum()
 
 
 class AllRows(torch.autograd.Function):

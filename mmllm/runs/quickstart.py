@@ -81,6 +81,8 @@ class Quickstart:
     """Steps between checkpoints."""
     draw_ratio: float = 0.5
     """Share of pairs trained text → image."""
+    text_loss_weight: float = 2.0
+    """Weight of a text token in pretraining, an image token's being 1: answers are few among codes."""
     sft_steps: int = 100
     """Optimizer steps of instruction tuning."""
     sft_lr: float = 1e-3
@@ -253,6 +255,7 @@ def pretrain_recipe(recipe: Quickstart) -> Pretrain:
     return Pretrain(out=recipe.out / "pretrain", steps=recipe.steps, global_batch=recipe.global_batch,
                     micro_batch=recipe.global_batch // max(1, recipe.parallel.dp), model=recipe.model, optim=recipe.optim,
                     data=data_config(recipe), parallel=recipe.parallel, seed=recipe.seed, save_every=recipe.save_every,
+                    text_loss_weight=recipe.text_loss_weight,
                     init_rows=recipe.out / "init_rows.safetensors", log_every=20)
 
 
