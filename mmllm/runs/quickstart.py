@@ -75,7 +75,7 @@ class Quickstart:
     """Tokens in a packed row."""
     global_batch: int = 4
     """Rows a step, over all ranks."""
-    steps: int = 1400
+    steps: int = 1550
     """Optimizer steps of pretraining."""
     save_every: int = 500
     """Steps between checkpoints."""
