@@ -1,11 +1,12 @@
-"""The visual tokenizer in every part, for a CPU: 32 px scenes, eight books of 256, both stages, no downloads.
+"""The visual tokenizer in every part, for a CPU: 32 px scenes, eight books of 256, two stages, no downloads.
 
     mmllm data scenes --out runs/scenes
     mmllm text-tokenizer train --raw runs/scenes --out runs/scenes/text.model
     mmllm tokenizer train tokenizer_tiny --raw runs/scenes --text runs/scenes/text.model --out runs/tokenizer_tiny/visual
 
-It converges in a minute or two of one core because its tower is trained first and then stays, and a transformer this small reads 4 × 4
-patches. tools/tokenizer_ablation.py varies it; what it reached is in results/tokenizer.md.
+Cost, measured: 97 seconds on one core, a teacher of 400 steps included; 24.8 dB, 51 % of held scenes exact, all codes in use.
+results/tokenizer.md says how that was measured; tools/tokenizer_ablation.py varies it. All parts are at work here: the quick start's
+closed-form patches rebuild these scenes better.
 """
 
 from pathlib import Path

@@ -215,9 +215,10 @@ COLUMNS = {"psnr": ("PSNR, dB", "{:.1f}"), "scene_exact": ("scenes exact", "{:.2
 
 
 def table(runs: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a row for each variant and number of steps, mean ± half the range over seeds."""
+    """Markdown: a row for each variant and number of steps (of both stages); mean ± half the range over seeds, of seconds the least."""
     rows: dict[tuple[str, str, int, int, int], list[dict[str, Any]]] = {}
-    for one in runs:
+    order = [variant for some in VARIANTS.values() for variant in some]
+    for one in sorted(runs, key=lambda one: (-one["asked"], order.index(one["variant"]))):
         rows.setdefault((one["group"], one["variant"], one["steps"], one["M"], one["K"]), []).append(one)
     lines = ["| question | variant | steps | M × K | seeds | " + " | ".join(name for name, _ in COLUMNS.values()) + " |",
              "|---|---|---|---|---|" + "---|" * len(COLUMNS)]
@@ -227,6 +228,9 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
             values = [one[key] for one in some if one[key] is not None]
             if not values:
                 cells.append("–")
+                continue
+            if key == "train_seconds":  # the least: other work on the machine only adds
+                cells.append(form.format(min(values)))
                 continue
             spread = f" ± {form.format((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
             cells.append(form.format(statistics.mean(values)) + spread)
