@@ -79,7 +79,7 @@ def ours(recipe: Pretrain, rows: RandomRows) -> Callable[[int], None]:
 def theirs(recipe: Pretrain, rows: RandomRows, padded: bool) -> Callable[[int], None]:
     from transformers import AutoConfig, AutoModelForCausalLM
     fields = model_config(recipe.model, VOCAB.size, 4096)
-    config = AutoConfig.for_model(**fields, attn_implementation="sdpa", use_cache=False)
+    config = AutoConfig.for_model(**{**fields, "use_cache": False}, attn_implementation="sdpa")
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optim.lr, fused=True)
