@@ -165,8 +165,7 @@ class _Peak:
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
-                    memory = process.memory_info()
-                    total += memory.rss - memory.shared  # libraries are shared by all ranks
+                    total += process.memory_full_info().pss  # what ranks share, after a fork or of a library, counts once
                 except psutil.Error:
                     continue
             self.bytes = max(self.bytes, total)
