@@ -25,8 +25,9 @@ from mmllm import launch, sharded
 from mmllm.manifest import newest, read_state, verify
 from mmllm.progress import Progress
 from mmllm.run import Log, StopOnSignal, seed_all, write_json
+from mmllm.runs.tokenizer_parts import Run
 from mmllm.runs.tokenizer_recipe import TrainTokenizer, TrainVisual, check
-from mmllm.runs.tokenizer_steps import Run, run_stage
+from mmllm.runs.tokenizer_steps import run_stage
 from mmllm.runs.train_teacher import train_teacher
 from tokenizer.contrastive import TextTower
 from tokenizer.model import VisualTokenizer
