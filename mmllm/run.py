@@ -142,14 +142,22 @@ def resolve_precision(precision: str) -> torch.dtype:
 
 
 class StopOnSignal:
-    """SIGTERM is remembered and acted on between steps, by every rank at the same step."""
+    """Inside, SIGTERM and SIGUSR1 (which Slurm can send some time before a limit) are remembered and acted on between steps, by every
+    rank at the same step; afterwards they do what they did before."""
 
-    def __init__(self) -> None:
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> StopOnSignal:
         self.received = False
         try:
-            signal.signal(signal.SIGTERM, self._remember)
+            self.before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         except ValueError:  # only a main thread hears signals
-            return
+            self.before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python, and not to be had back
 
     def _remember(self, *_: Any) -> None:
         self.received = True

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from small_world import small_world
+from small_world import RECIPE, small_world
 
 from data.images import fitted, to_array, to_tensor, to_uint8
 from data.pictures import pictures
@@ -21,8 +24,14 @@ from mmllm.evaluate.measure import tokenizer_scores
 from mmllm.evaluate.settings import VisualEvaluation
 from mmllm.evaluate.visual import evaluate_visual
 from mmllm.evaluate.visual_tally import Sample, Tally
+from mmllm.runs.tokenizer_recipe import TrainVisual
+from mmllm.runs.train_tokenizer import train
+from tokenizer.contrastive import TextTower
 from tokenizer.features import teacher
-from tokenizer.model import VisualTokenizer
+from tokenizer.model import TokenizerConfig, VisualTokenizer
+from tokenizer.objective import CodeContrast, Weights
+from tokenizer.quantize import QuantizerConfig
+from tokenizer.semantic import TowerConfig
 
 BACKGROUND = "meta.scene.background"
 
@@ -71,14 +80,15 @@ def test_scores_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 class TwoScales(VisualTokenizer):
     """At scale 2 one code stands for 2 × 2 places: the first of them."""
 
-    scales = (1, 2)
+    @property
+    def scales(self) -> tuple[int, ...]:
+        return 1, 2
 
     def encode(self, images: torch.Tensor, scale: int = 1) -> torch.Tensor:
         return super().encode(images)[..., ::scale, ::scale]
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        times = self.grid[0] // codes.shape[-1]
-        return super().decode(codes.repeat_interleave(times, -2).repeat_interleave(times, -1))
+    def decode(self, codes: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        return super().decode(codes.repeat_interleave(scale, -2).repeat_interleave(scale, -1))
 
 
 def test_each_scale_has_its_scores_and_its_agreement_with_the_finest() -> None:
@@ -94,6 +104,16 @@ def test_each_scale_has_its_scores_and_its_agreement_with_the_finest() -> None:
     assert coarse["as_finest_books"] == pytest.approx(same.tolist()) and coarse["codes_a_picture"] == scores["codes_a_picture"] / 4
     assert coarse["psnr"] < scores["psnr"] == scores["scales"]["1"]["psnr"] and coarse["fd_teacher"] > scores["fd_teacher"]
     assert all(0 <= chance <= 1 for chance in coarse["as_finest_by_chance"])
+
+
+def test_a_tokenizer_that_pools_by_scale_is_measured_at_each(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    books = QuantizerConfig(codebook_size=32, semantic_dim=4, pixel_dims=(4,), semantic_table="free")
+    tower = TowerConfig(width=32, layers=1, heads=2, embed_dim=16)
+    VisualTokenizer(TokenizerConfig(tower=tower, pixel="vit", width=32, layers=1, heads=2, scales=(1, 2), quantizer=books)).save(tmp_path)
+    record = evaluate_visual(tmp_path, small_world().raw, tmp_path / "out", VisualEvaluation(limit=4))
+    scales = record["scores"]["scales"]
+    assert list(scales) == ["1", "2"] and scales["2"]["codes_a_picture"] == scales["1"]["codes_a_picture"] / 4 == 4
 
 
 def test_the_page_stands_alone_and_shows_what_the_file_says() -> None:
@@ -124,6 +144,32 @@ def test_photographs_need_no_captions_and_bad_ones_are_named(photographs: Path, 
     assert [one["name"] for one in record["source"]["skipped"]] == ["cat/broken.jpg", "dog/half.png"]
     assert "does not decode" in record["source"]["skipped"][0]["reason"]
     assert set(record["scores"]["linear_probe"]["teacher"]) == {"original", "reconstruction"}
+
+
+def test_codes_tell_classes_apart_by_the_head_that_training_left(tmp_path: Path) -> None:
+    world = small_world()
+    world.teacher.save(tmp_path / "teacher.safetensors")
+    training = replace(RECIPE, align=replace(RECIPE.align, weights=Weights(contrastive=1.0)))
+    train(TrainVisual(raw=world.raw, text=world.text_model, out=tmp_path / "visual", training=training))
+    record = evaluate_visual(tmp_path / "visual", world.raw, tmp_path / "out", VisualEvaluation(label=BACKGROUND))
+    scores = record["scores"]
+    assert {"fd_codes", "pfd_codes"} <= set(scores) and set(scores["linear_probe"]) == {"codes", "teacher"}
+
+    visual, held = VisualTokenizer.load(tmp_path / "visual"), list(pictures(world.raw, label=BACKGROUND))
+    text = TextTower.small(visual.config.tower, world.text.size, world.text.encode)
+    contrast = CodeContrast(visual.quantizer.part_dims[0], text)
+    contrast.load_state_dict(safetensors.torch.load_file(tmp_path / "visual" / "contrast.safetensors"))
+    names = sorted({str(one.label) for one in held})
+    with torch.no_grad():
+        words = text(text.tokenize([f"a photo of a {name}." for name in names]))
+        entries = visual(to_tensor(np.stack([to_array(fitted(one.file, 32)) for one in held]))).entries
+        near = F.normalize(contrast.embed(visual.quantizer.parts(entries)[0].view(len(held), -1, contrast.dims)), dim=-1)
+    right = [names[int(best)] == one.label for best, one in zip((near @ F.normalize(words, dim=-1).T).argmax(-1), held, strict=True)]
+    assert len(names) > 1 and scores["zero_shot"]["codes"]["original"] == pytest.approx(np.mean(right))
+
+    (tmp_path / "visual" / "text.model").unlink()
+    record = evaluate_visual(tmp_path / "visual", world.raw, tmp_path / "out", VisualEvaluation(label=BACKGROUND))
+    assert "fd_codes" not in record["scores"] and "own head: not measured" in record["notes"][-1] and "text.model" in record["notes"][-1]
 
 
 def test_a_limit_is_spread_over_the_source(photographs: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmllm.launch import join, launch
 from tokenizer.adversarial import LeCam, adaptive_weight, discriminator_hinge, gan_weight, generator_hinge
-from tokenizer.discriminator import PatchDiscriminator, augment
+from tokenizer.discriminator import DRAWS, PatchDiscriminator, augment
 
 
 def logits(steps: int = 5, seed: int = 0) -> torch.Tensor:
@@ -88,12 +88,12 @@ def scene() -> tuple[nn.Sequential, PatchDiscriminator, torch.Tensor, torch.Tens
 
 
 def pulls(decoder: nn.Module, judge: nn.Module, latents: torch.Tensor, images: torch.Tensor,
-          draws: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+          draws: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the picture, the gradients of both losses there, and the adversarial loss."""
     out = decoder(latents)
     leaf = out.detach().requires_grad_()
     g_rec, = torch.autograd.grad((leaf - images).square().mean(), leaf)
-    gen = generator_hinge(judge(augment(leaf, draws) if draws else leaf))
+    gen = generator_hinge(judge(leaf if draws is None else augment(leaf, draws)))
     g_gen, = torch.autograd.grad(gen, leaf)
     return out, g_rec, g_gen, gen.detach()
 
@@ -121,10 +121,11 @@ def test_the_gan_is_off_before_its_start_and_at_its_peak_after_the_warm_up() -> 
 def adversarial_steps() -> list[float]:
     """Three whole steps, as a training loop takes them → every loss on the way."""
     decoder, judge, latents, images = scene()
-    lecam, draws = LeCam(), torch.Generator().manual_seed(3)
+    lecam, generator = LeCam(), torch.Generator().manual_seed(3)
     optimizers = torch.optim.AdamW(decoder.parameters(), 1e-3), torch.optim.AdamW(judge.parameters(), 1e-3)
     seen: list[float] = []
     for step in range(3):
+        draws = torch.rand(len(images), DRAWS, generator=generator)
         out, g_rec, g_gen, gen = pulls(decoder, judge, latents, images, draws)
         weight = gan_weight(step, 0, 2, 0.4) * adaptive_weight(g_rec, g_gen)
         for optimizer in optimizers:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tokenizer.adversarial import discriminator_hinge
-from tokenizer.discriminator import FeatureDiscriminator, PatchDiscriminator, augment, cut_out, recolour, translate
+from tokenizer.discriminator import DRAWS, FeatureDiscriminator, PatchDiscriminator, augment, cut_out, recolour, translate
 from tokenizer.semantic import TowerConfig, vision_tower
 
 
@@ -16,8 +16,8 @@ def pictures(b: int = 3, side: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.rand(b, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def drawn(b: int, count: int = DRAWS, seed: int = 0) -> torch.Tensor:
+    return torch.rand(b, count, generator=torch.Generator().manual_seed(seed))
 
 
 def feature_discriminator() -> tuple[nn.Module, FeatureDiscriminator]:
@@ -131,21 +131,24 @@ def test_a_few_steps_teach_either_judge_to_tell_sharp_from_blurred() -> None:
         assert judge(pictures(8, seed=200)).mean() > judge(blurred(201)).mean() + 0.5
 
 
-def test_augmentation_follows_its_generator_and_moves_every_picture_by_itself() -> None:
-    images = pictures(1).expand(6, -1, -1, -1)
-    once = augment(images, seeded(1))
-    assert torch.equal(once, augment(images, seeded(1)))
-    assert not torch.equal(once, augment(images, seeded(2)))
+def test_augmentation_follows_its_draws_and_moves_every_picture_by_itself() -> None:
+    images, draws = pictures(1).expand(6, -1, -1, -1), drawn(6)
+    once = augment(images, draws)
+    assert torch.equal(once, torch.cat([augment(images[n:n + 1], draws[n:n + 1]) for n in range(6)]))
     assert len({x.sum().item() for x in once}) == 6
+    for n in range(DRAWS):  # each number counts
+        moved = draws.clone()
+        moved[:, n] = (moved[:, n] + 0.5) % 1
+        assert not torch.equal(augment(images, moved), once)
 
 
 def test_augmentation_passes_gradients_to_what_stays_in_the_picture() -> None:
     images = pictures(8).requires_grad_()
-    augment(images, seeded()).square().sum().backward()
+    augment(images, drawn(8)).square().sum().backward()
     assert images.grad is not None and images.grad.isfinite().all() and (images.grad != 0).flatten(1).any(1).all()
     for change in (translate, cut_out):
         x = torch.ones(8, 3, 16, 16, requires_grad=True)
-        out = change(x, seeded())
+        out = change(x, drawn(8, 2))
         grad, = torch.autograd.grad(out.sum(), x)
         assert set(grad.unique().tolist()) == {0.0, 1.0} and torch.equal(grad.sum((1, 2, 3)), out.sum((1, 2, 3)))
 
@@ -153,7 +156,7 @@ def test_augmentation_passes_gradients_to_what_stays_in_the_picture() -> None:
 def test_translation_shifts_by_whole_pixels_at_most_an_eighth() -> None:
     images = pictures(99, 16)
     shifts = [[(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if torch.equal(after, shifted(before, dy, dx))]
-              for before, after in zip(images, translate(images, seeded()), strict=True)]
+              for before, after in zip(images, translate(images, drawn(99, 2)), strict=True)]
     assert all(len(found) == 1 for found in shifts) and len({found[0] for found in shifts}) > 20
 
 
@@ -168,7 +171,7 @@ def shifted(x: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
 def test_cut_out_greys_one_rectangle_and_nothing_else() -> None:
     images = pictures(64) + 2  # nothing is 0 before
     heights: list[int] = []
-    for before, after in zip(images, cut_out(images, seeded()), strict=True):
+    for before, after in zip(images, cut_out(images, drawn(64, 2)), strict=True):
         hole = (after == 0).all(0)
         rows, columns = hole.any(1).nonzero(), hole.any(0).nonzero()
         assert hole.sum() == len(rows) * len(columns) and torch.equal(after[:, ~hole], before[:, ~hole])
@@ -178,11 +181,11 @@ def test_cut_out_greys_one_rectangle_and_nothing_else() -> None:
 
 def test_recolouring_keeps_what_it_should_and_stays_in_its_ranges() -> None:
     images = pictures(256)
-    out = recolour(images, seeded())
+    out = recolour(images, drawn(256, 3))
     shift = out.mean((1, 2, 3)) - images.mean((1, 2, 3))  # saturation and contrast keep the mean
     assert shift.abs().max() <= 0.5 and shift.std() > 0.2
     grey = images.mean(1, keepdim=True).expand_as(images)
-    out = recolour(grey, seeded())
+    out = recolour(grey, drawn(256, 3))
     assert (out - out.mean(1, keepdim=True)).abs().max() < 1e-5  # saturation has nothing to do on grey
     contrast = out.std((1, 2, 3)) / grey.std((1, 2, 3))
     assert contrast.min() >= 0.5 - 1e-4 and contrast.max() <= 1.5 + 1e-4

@@ -83,7 +83,7 @@ def test_bits_are_open_magvits_lookup_free_codes_and_entropies() -> None:
 
 def test_a_simvq_table_chooses_as_tars() -> None:
     o = of("tar")
-    settings = {**EQUAL_WEIGHTS, "semantic_table": "simvq"}
+    settings: dict[str, Any] = {**EQUAL_WEIGHTS, "semantic_table": "simvq"}
     q = SharedIndexQuantizer(QuantizerConfig(codebook_size=40, semantic_dim=6, pixel_dims=(0,), **settings))
     with torch.no_grad():
         q.semantic_tables[0].gaussian.copy_(o["gaussian"])  # pyright: ignore

@@ -58,17 +58,18 @@ class Balance(nn.Module):
         self.register_buffer("ratios", torch.tensor((1.0, *config.ratios.values()), dtype=torch.float64), persistent=False)
 
     def forward(self, losses: Mapping[str, Tensor], at: Sequence[Tensor], step: int) -> Tensor:
-        """losses: scalars by name. at: the tensors that all of them are functions of. → their weighted sum; measures before that when
-        `step` is due, on every rank alike."""
+        """→ the weighted sum of the losses, observed before."""
+        self.observe(losses, at, step)
+        return torch.stack([losses[name].float() for name in self.names]) @ self.weight().float()
+
+    def observe(self, losses: Mapping[str, Tensor], at: Sequence[Tensor], step: int) -> None:
+        """losses: scalars by name. at: the tensors that all of them are functions of. When `step` is due, on every rank alike, their norms
+        are taken into the average."""
         if set(losses) != set(self.names):
             raise ValueError(f"balanced are the losses {', '.join(self.names)}, given were {', '.join(losses)}: "
                              "name the same ones in balance.ratios")
-        if self.training and step < self.config.warmup_steps and step % self.config.every == 0:
-            self.measure(losses, at)
-        return torch.stack([losses[name].float() for name in self.names]) @ self.weight().float()
-
-    def measure(self, losses: Mapping[str, Tensor], at: Sequence[Tensor]) -> None:
-        """Take the norms of this step into the average."""
+        if not self.training or step >= self.config.warmup_steps or step % self.config.every:
+            return
         now = torch.stack([self._square(name, losses[name], at) for name in self.names])
         now = sum_over_ranks(now).sqrt()  # of the joined batch, up to a factor that all losses share
         # a loss that is switched off has no gradient, one that overflowed no norm: neither says anything

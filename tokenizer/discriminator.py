@@ -95,35 +95,39 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 # What a discriminator is shown -------------------------------------------------------------------------------------
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+DRAWS = 7
+"""Numbers that a picture is augmented by."""
+
+
+def augment(images: Tensor, draws: Tensor) -> Tensor:
     """Colour, translation and cutout, drawn anew for each picture, through which gradients pass (Zhao et al. 2020, arXiv:2006.10738,
-    section 3.2): for real pictures and reconstructions alike, in both sides' steps. generator: on the CPU, whatever the pictures."""
-    return cut_out(translate(recolour(images, generator), generator), generator)
+    section 3.2): for real pictures and reconstructions alike, in both sides' steps. draws [b, 7] in [0, 1): on the CPU, whatever the
+    pictures."""
+    return cut_out(translate(recolour(images, draws[:, :3]), draws[:, 3:5]), draws[:, 5:])
 
 
-def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness ± 0.5, saturation × [0, 2], contrast × [0.5, 1.5]: [b, 3, H, W] → the same"""
-    draws = torch.rand(3, len(images), 1, 1, 1, generator=generator).to(images)
-    brightness, saturation, contrast = draws[0] - 0.5, draws[1] * 2, draws[2] + 0.5
-    x = images + brightness
-    x = x.mean(1, keepdim=True).lerp(x, saturation)
-    return x.mean((1, 2, 3), keepdim=True).lerp(x, contrast)
+def recolour(images: Tensor, draws: Tensor) -> Tensor:
+    """Brightness ± 0.5, saturation × [0, 2], contrast × [0.5, 1.5]: [b, 3, H, W], [b, 3] → [b, 3, H, W]"""
+    brightness, saturation, contrast = draws.T[..., None, None, None].to(images)  # [b, 1, 1, 1] each
+    x = images + (brightness - 0.5)
+    x = x.mean(1, keepdim=True).lerp(x, saturation * 2)
+    return x.mean((1, 2, 3), keepdim=True).lerp(x, contrast + 0.5)
 
 
-def translate(images: Tensor, generator: torch.Generator) -> Tensor:
-    """By whole pixels, up to an eighth of the picture; grey comes in: [b, 3, H, W] → the same"""
-    b, _, height, width = images.shape
+def translate(images: Tensor, draws: Tensor) -> Tensor:
+    """By whole pixels, up to an eighth of the picture; grey comes in: [b, 3, H, W], [b, 2] → [b, 3, H, W]"""
+    height, width = images.shape[-2:]
     reach = height // 8, width // 8
-    tops, lefts = (torch.randint(2 * r + 1, (b,), generator=generator).tolist() for r in reach)
+    tops, lefts = ((draw * (2 * r + 1)).long().tolist() for draw, r in zip(draws.unbind(1), reach, strict=True))
     padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0])).unbind()  # unbind, slice, stack: exact, and so is its gradient
     return torch.stack([x[:, top:top + height, left:left + width] for x, top, left in zip(padded, tops, lefts, strict=True)])
 
 
-def cut_out(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A grey rectangle of half the height and width, centred anywhere in the picture: [b, 3, H, W] → the same"""
+def cut_out(images: Tensor, draws: Tensor) -> Tensor:
+    """A grey rectangle of half the height and width, centred anywhere in the picture: [b, 3, H, W], [b, 2] → [b, 3, H, W]"""
     inside: list[Tensor] = []
-    for size in images.shape[-2:]:
-        start = torch.randint(size, (len(images), 1), generator=generator) - size // 4
+    for draw, size in zip(draws.unbind(1), images.shape[-2:], strict=True):
+        start = (draw[:, None] * size).long() - size // 4
         place = torch.arange(size) - start
         inside.append(((place >= 0) & (place < size // 2)).to(images.device))  # [b, size]
     return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)

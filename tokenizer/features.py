@@ -1,8 +1,8 @@
 """What judges pictures: networks whose features are compared between originals and reconstructions, weights given by path.
 
 A Fréchet distance is named for its features. Only those of the FID Inception network make an `rfid`; an open_clip tower NAME makes a
-`fid_clip:NAME`, the tokenizer's own frozen tower an `fd_teacher`. Weights are opened when an extractor is made, so a wrong path
-is one line before anything is computed; nothing is ever downloaded.
+`fid_clip:NAME`, the tokenizer's own tower an `fd_teacher`, its codes an `fd_codes`. Weights are opened when an extractor is made, so a
+wrong path is one line before anything is computed; nothing is ever downloaded.
 
 Letters: b pictures, H W pixels, d dims of a feature, C classes.
 """
@@ -14,11 +14,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from tokenizer import clip_halves
+from tokenizer.contrastive import TextTower
+from tokenizer.layers import from_grid
 from tokenizer.metrics import full_precision
-from tokenizer.tower_source import Source, weights_in
+from tokenizer.model import VisualTokenizer
+from tokenizer.objective import CodeContrast
+from tokenizer.text import TextTokenizer
+from tokenizer.tower_source import Source, fill, weights_in
+
+HEAD = "contrast.safetensors"
+"""What training leaves beside a tokenizer that had a contrastive loss: its head and text tower; text.model is of the latter's pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,39 @@ def teacher(features: Callable[[Tensor], Tensor]) -> Extractor:
         return patches.view(len(pictures), -1, patches.shape[-1]).mean(1).float()
 
     return Extractor(name="teacher", distance="fd_teacher", perturbed="pfd_teacher", embed=embed)
+
+
+def codes(visual: VisualTokenizer, folder: Path, device: torch.device | str = "cpu") -> Extractor:
+    """The tokenizer's codes as its own head reads them: the mean semantic entry of a picture, at the finest scale, mapped to where the text
+    tower of its contrastive loss puts captions. Zero-shot accuracy of this kind is what UniTok (Ma et al. 2025, arXiv:2502.20321) reports.
+    Both were left by training beside the tokenizer."""
+    path = folder / HEAD
+    with safe_open(path, "pt") as file:
+        made, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "text_tower" not in made:
+        raise ValueError(f"{path} does not say what its text tower is: it was written by an older version, train again to measure with it")
+    if made["text_tower"]:
+        text = TextTower.load(made["text_tower"])
+    else:
+        pieces = TextTokenizer.load(folder / "text.model")
+        text = TextTower.small(visual.config.tower, pieces.size, pieces.encode)
+    contrast = CodeContrast(visual.quantizer.part_dims[0], text, "sigmoid" if "loss.bias" in weights else "softmax")
+    fill(contrast, weights, path, "the tokenizer's head and text tower")
+    contrast = contrast.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(pictures: Tensor) -> Tensor:
+        with full_precision():
+            found = from_grid(visual.encode(pictures.float() / 127.5 - 1, min(visual.scales)).long())
+            semantic = visual.quantizer.parts(visual.quantizer.decode(found))[0]
+            return contrast.embed(semantic.view(len(pictures), -1, contrast.dims)).float()
+
+    @torch.no_grad()
+    def embed_classes(names: Sequence[str]) -> Tensor:
+        ids = text.tokenize([f"a photo of a {one}." for one in names])
+        return torch.cat([text(part.to(device)).float() for part in ids.split(256)])
+
+    return Extractor(name="codes", distance="fd_codes", perturbed="pfd_codes", embed=embed, embed_classes=embed_classes)
 
 
 def opened(path: Path, what: str, knob: str, give: str) -> str:

@@ -185,9 +185,9 @@ class VisualTokenizer(nn.Module):
         return tuple(dict.fromkeys((h // self.patch_size // s, w // self.patch_size // s) for s in self.scales for h, w in self.sizes))
 
     @property
-    def text_ids(self) -> Tensor | None:
-        """[V] token ids of the text rows that the semantic table is made of, if it is."""
-        return self.quantizer.text_ids if isinstance(self.quantizer, SharedIndexQuantizer) else None
+    def text(self) -> TextEmbedding | None:
+        """What the semantic table is made of, if it is of text, without the rows."""
+        return self.quantizer.text if isinstance(self.quantizer, SharedIndexQuantizer) else None
 
     @property
     def codebook_size(self) -> int:
@@ -268,19 +268,21 @@ class VisualTokenizer(nn.Module):
     # On disk ------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write model.safetensors, and config.json last and whole: where it is, all is."""
         folder.mkdir(parents=True, exist_ok=True)
-        text_shape = None
         if isinstance(self.quantizer, SharedIndexQuantizer):
             self.quantizer.freeze()
-            text_shape = self.quantizer.text_shape
         weights = safetensors.torch.save({k: v.contiguous() for k, v in self.state_dict().items()})
-        fields = {**asdict(self.config), "text_shape": text_shape}
+        text = self.text
+        fields = {**asdict(self.config), "text_shape": (len(text.ids), text.width) if text else None,
+                  "text_checksum": text.checksum if text else ""}
         if isinstance(self.semantic_tower, Tower):  # its weights are among ours: what builds it empty is all that is needed
             fields["tower_source"] = self.semantic_tower.describe(folder)
         settings = json.dumps(fields, indent=1) + "\n"
         (folder / "model.safetensors").write_bytes(weights)
-        (folder / "config.json").write_text(settings)
+        beside = folder / "config.json.tmp"
+        beside.write_text(settings)
+        beside.replace(folder / "config.json")
         self.fingerprint = _fingerprint(settings, weights)
 
     @classmethod
@@ -293,8 +295,9 @@ class VisualTokenizer(nn.Module):
         settings, weights = (folder / "config.json").read_text(), (folder / "model.safetensors").read_bytes()
         fields = json.loads(settings)
         text_shape, tower, quantizer = (fields.pop(name) for name in ("text_shape", "tower", "quantizer"))
+        checksum: str = fields.pop("text_checksum", "")
         fields["tower_source"] = fields["tower_source"].replace("FOLDER", str(folder))
-        text = TextEmbedding(None, torch.zeros(text_shape[0], dtype=torch.long), text_shape[1]) if text_shape else None
+        text = TextEmbedding(None, torch.zeros(text_shape[0], dtype=torch.long), text_shape[1], checksum) if text_shape else None
         config = TokenizerConfig(tower=TowerConfig(**tower), quantizer=QuantizerConfig(**_tuples(quantizer)), **_tuples(fields))
         model = cls(config, text)
         model.load_state_dict(safetensors.torch.load(weights))

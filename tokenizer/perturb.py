@@ -7,16 +7,24 @@ the δ entries nearest *to the assigned entry*. A picture is chosen by a coin of
 Letters: b pictures, M books, h w grid, K entries, δ neighbours.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def perturb_codes(codes: Tensor, neighbours: Tensor, alpha: float, beta: float, generator: torch.Generator | None = None) -> Tensor:
-    """codes [b, M, h, w], neighbours [M, K, δ] (`quantizer.neighbours`) → codes of the same shape. `generator`: of the CPU."""
+def perturb_codes(codes: Tensor, neighbours: Tensor, alpha: float, beta: float,
+                  generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """codes [b, M, h, w], neighbours [M, K, δ] (`quantizer.neighbours`) → codes of the same shape. `generator`: of the CPU; with one a
+    picture, what a picture draws does not depend on those beside it."""
     b, books, h, w = codes.shape
-    picture = torch.rand(b, 1, 1, 1, generator=generator) < beta
-    place = torch.rand(b, books, h, w, generator=generator) < alpha
-    pick = torch.randint(neighbours.shape[-1], codes.shape, generator=generator)
-    book = torch.arange(books).view(1, -1, 1, 1)
-    near = neighbours[book.to(codes.device), codes.long(), pick.to(codes.device)].to(codes.dtype)
-    return torch.where((picture & place).to(codes.device), near, codes)
+
+    def draw(count: int, from_: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        picture = torch.rand(count, 1, 1, 1, generator=from_) < beta
+        place = torch.rand(count, books, h, w, generator=from_) < alpha
+        return picture & place, torch.randint(neighbours.shape[-1], (count, books, h, w), generator=from_)
+
+    drawn = [draw(1, own) for own in generator] if isinstance(generator, Sequence) else [draw(b, generator)]
+    moved, pick = (torch.cat(parts).to(codes.device) for parts in zip(*drawn, strict=True))
+    book = torch.arange(books, device=codes.device).view(1, -1, 1, 1)
+    return torch.where(moved, neighbours[book, codes.long(), pick].to(codes.dtype), codes)

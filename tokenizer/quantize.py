@@ -15,6 +15,7 @@ may not exceed the usable rows. Where a pixel entry tells codes apart rows may r
 Letters: n positions, M books, K entries a book, ds dp_m dims of book m's semantic and pixel part.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,8 +63,8 @@ class QuantizerConfig:
     entropy_temperature: float = 0.05
     """Of the softmax in the entropy term, which `entropy` in the losses weighs."""
     entropy_latents: int = 0
-    """Latents of a batch that the entropy term looks at; 0 leaves the term out. Tables under a projection (simvq, text) need it:
-    their rows cannot be revived."""
+    """Latents of a batch that the entropy term looks at (lfq and bsq look at all, whatever the number); 0 leaves the term out. Tables
+    under a projection (simvq, text) need it: their rows cannot be revived."""
     depth: int = 4
     """Steps of a residual quantizer, each a book."""
     dims: int = 16
@@ -117,9 +118,11 @@ class TextEmbedding(NamedTuple):
     """[V] token ids"""
     width: int
     """D"""
+    checksum: str = ""
+    """Of the whole embedding of a language model that they were taken from, as tokenizer/text_rows.py has it; empty for other rows"""
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """What every quantizer is asked: latents [n, dims] → codes [n, M] → entries [n, dims].
 
     The latents are semantic parts book by book, then pixel parts book by book. Quantizers that do not split give both readers the whole.
@@ -131,14 +134,14 @@ class Quantizer(nn.Module):
     usage: Tensor
     """[M, K] moving share of each code, times K; buffer"""
 
-    def encode(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, z: Tensor) -> Tensor: ...
 
-    def decode(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor: ...
 
-    def forward(self, z: Tensor) -> Quantized:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, z: Tensor) -> Quantized: ...
 
     def parts(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """[n, dims] → what the semantic and the pixel decoder read."""
@@ -200,6 +203,7 @@ class SharedIndexQuantizer(Quantizer):
         self.semantic_tables: Any = nn.ModuleList(table(config.semantic_table, config.semantic_dim) for _ in range(self.num_books))  # pyright: ignore[reportArgumentType]
         self.pixel_tables: Any = nn.ModuleList(table(config.pixel_table, dims) for dims in config.pixel_dims)  # pyright: ignore[reportArgumentType]
         self.register_buffer("usage", torch.ones(self.num_books, config.codebook_size))
+        self.text_checksum = text.checksum if text is not None else ""
 
     # Latents and entries ------------------------------------------------------------------------------------------
 
@@ -333,15 +337,10 @@ class SharedIndexQuantizer(Quantizer):
         return table.words() if isinstance(table, TextTable) else None
 
     @property
-    def text_shape(self) -> tuple[int, int] | None:
-        """(V, D) of the text embedding that the semantic tables are made of, if they are."""
+    def text(self) -> TextEmbedding | None:
+        """What the semantic tables are made of, if they are of text, without the rows."""
         table = self.semantic_tables[0]
-        return (len(table.ids), len(table.projection)) if isinstance(table, TextTable) else None
-
-    @property
-    def text_ids(self) -> Tensor | None:
-        table = self.semantic_tables[0]
-        return table.ids if isinstance(table, TextTable) else None
+        return TextEmbedding(None, table.ids, len(table.projection), self.text_checksum) if isinstance(table, TextTable) else None
 
     def freeze(self) -> None:
         """Keep the rows of text tables as they are now, to be saved."""

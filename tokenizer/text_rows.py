@@ -70,14 +70,6 @@ def read(folder: Path, quantiles: tuple[float, float] = (0.01, 0.99)) -> TextRow
     return TextRows(embedding=matrix[ids].float(), ids=ids, checksum=checksum, source=str(folder))
 
 
-def reopen(folder: Path, ids: Tensor, checksum: str) -> TextRows:
-    """The rows that were chosen before. Errors: ValueError if the folder's embedding is not the one they were chosen from."""
-    matrix, name, now = read_embedding(folder)
-    if now != checksum:
-        raise ValueError(f"{folder}: {name} has checksum {now}, the rows were chosen from one with {checksum}: give that model's folder")
-    return TextRows(embedding=matrix[ids].float(), ids=ids, checksum=now, source=str(folder))
-
-
 # Files ----------------------------------------------------------------------------------------------------------------
 
 

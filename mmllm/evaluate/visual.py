@@ -45,6 +45,12 @@ def evaluate_visual(model_folder: Path, source: Path, out: Path, settings: Visua
     total = min(there, settings.limit or there)
     visual = VisualTokenizer.load(model_folder).to(device)
     judges.append(features.teacher(visual.features))
+    unread = list[str]()
+    if (model_folder / features.HEAD).is_file():
+        try:
+            judges.append(features.codes(visual, model_folder, device))
+        except (FileNotFoundError, ValueError) as error:  # a pretrained text tower may have stayed where it was trained
+            unread.append(f"codes, by the tokenizer's own head: not measured, {error}")
     tally = Tally(visual=visual, judges=judges, perceptual=perceptual, seed=settings.seed, device=device)
     neighbours = visual.quantizer.neighbours(min(max(delta for _, delta in GRID), visual.codebook_size - 1))
     skipped = list[dict[str, str]]()
@@ -62,7 +68,7 @@ def evaluate_visual(model_folder: Path, source: Path, out: Path, settings: Visua
                   "num_books": visual.num_books, "codebook_size": visual.codebook_size, "scales": list(scales_of(visual))},
         "source": {"path": str(source), "pictures": tally.count, "skipped": skipped}, "settings": vars(settings),
         "weights": digests | {judge.name: judge.weights for judge in judges if judge.weights},
-        "scores": scores, "not_measured": missing, "notes": notes}
+        "scores": scores, "not_measured": missing, "notes": notes + unread}
     write_json(out / "eval.json", record)
     (out / "eval.html").write_text("".join(visual_page.page(record, tally, reads)))
     return record
@@ -94,7 +100,7 @@ def _read(tally: Tally, text: Legibility, scores: dict[str, Any], missing: dict[
 
     @torch.no_grad()
     def rebuild(originals: Pictures) -> Pictures:
-        return to_uint8(tally.visual.decode(encode(tally.visual, originals, tally.finest, tally.device)))
+        return to_uint8(tally.visual.decode(encode(tally.visual, originals, tally.finest, tally.device), tally.finest))
 
     try:
         scores["legibility"], reads = legibility(text, tally.visual.image_size, tally.grounds, rebuild, read)

@@ -28,7 +28,8 @@ HEADLINE = (("psnr", "PSNR", "{:.2f} dB"), ("ssim", "SSIM", "{:.3f}"), ("ms_ssim
 DEFINITIONS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("psnr, psnr_mean", metrics.psnr), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim),
     ("lpips_NAME", Perceptual), ("Fréchet distance", metrics.frechet_distance), ("rfid", features.inception),
-    ("fid_clip:NAME", features.clip), ("fd_teacher", features.teacher), ("pfid, pfid_clip:NAME, pfd_teacher", Tally.perturb),
+    ("fid_clip:NAME", features.clip), ("fd_teacher", features.teacher), ("codes", features.codes),
+    ("pfid, pfid_clip:NAME, pfd_teacher", Tally.perturb),
     ("usage, perplexity", metrics.code_use), ("reencode, as_finest", metrics.agreement), ("zero_shot", metrics.zero_shot),
     ("linear_probe", metrics.linear_probe), ("legibility", legibility.legibility))
 

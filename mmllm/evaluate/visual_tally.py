@@ -55,14 +55,13 @@ def channels_first(pictures: Pictures, device: torch.device | str = "cpu") -> Te
 
 
 def scales_of(visual: VisualTokenizer) -> tuple[int, ...]:
-    """Finest first; a tokenizer of one scale need not name it."""
-    return tuple(sorted(getattr(visual, "scales", (1,))))
+    """Finest first."""
+    return tuple(sorted(visual.scales))
 
 
 def encode(visual: VisualTokenizer, pictures: Pictures, scale: int, device: str) -> Tensor:
     """uint8 [b, H, W, 3] → codes [b, M, h, w]"""
-    coder: Any = visual.encode
-    return coder(to_tensor(pictures).to(device), **({} if scale == 1 else {"scale": scale}))
+    return visual.encode(to_tensor(pictures).to(device), scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +102,12 @@ class Tally:
         """Code, decode, compare and count. neighbours [M, K, δ] of each entry, nearest first."""
         originals, number = np.stack([sample.picture for sample in batch]), self.count
         codes = {scale: encode(self.visual, originals, scale, self.device) for scale in scales_of(self.visual)}
-        rebuilt = {scale: to_uint8(self.visual.decode(some)) for scale, some in codes.items()}
+        rebuilt = {scale: to_uint8(self.visual.decode(some, scale)) for scale, some in codes.items()}
         for scale in codes:
             self._compare(originals, rebuilt[scale], codes, scale)
         near = dict.fromkeys((alpha, min(delta, neighbours.shape[-1])) for alpha, delta in GRID)
-        moved = {f"α {a:g}, δ {d}": to_uint8(self.visual.decode(self.perturb(codes[self.finest], neighbours[..., :d], a, number)))
-                 for a, d in near}
+        perturbed = {f"α {a:g}, δ {d}": self.perturb(codes[self.finest], neighbours[..., :d], a, number) for a, d in near}
+        moved = {name: to_uint8(self.visual.decode(some, self.finest)) for name, some in perturbed.items()}
         labelled = [at for at, sample in enumerate(batch) if sample.label is not None]
         sides = {"original": originals, **{str(scale): pictures for scale, pictures in rebuilt.items()}, **moved}
         for judge in self.judges:
@@ -143,8 +142,8 @@ class Tally:
 
         The mean over (α, δ) of (0.1, 10), (0.1, 100), (0.5, 10), (0.5, 100), δ at most K − 1; others average over other pairs, so it
         compares with nothing published. A picture draws by seed · 2³² + its number in the set, the same for every pair."""
-        return torch.cat([perturb_codes(one[None], near, alpha, 1.0, torch.Generator().manual_seed((self.seed << 32) + first + at))
-                          for at, one in enumerate(codes)])
+        own = [torch.Generator().manual_seed((self.seed << 32) + first + at) for at in range(len(codes))]
+        return perturb_codes(codes, near, alpha, 1.0, own)
 
     def _keep(self, batch: Sequence[Sample], originals: Pictures, rebuilt: Pictures, moved: dict[str, Pictures]) -> None:
         errors = self.values[self.finest, "error"][-1].tolist()

@@ -1,8 +1,9 @@
 """What learns in a stage of a visual tokenizer's training: frozen, wrapped, given optimizers, saved and restored.
 
-A checkpoint of a stage holds all of `Parts`; what a stage draws is a function of seed, step and rank (mmllm/runs/tokenizer_steps.py).
+A checkpoint of a stage holds all of `Parts`; what a stage draws is a function of seed and step (mmllm/runs/tokenizer_steps.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from data.images import to_tensor
 from data.pairs import Pairs
 from mmllm import sharded
+from mmllm.manifest import read_state
 from mmllm.runs.tokenizer_recipe import Stage, TrainTokenizer, recipe_hash
 from tokenizer.adversarial import LeCam
 from tokenizer.balance import Balance, BalanceConfig
 from tokenizer.discriminator import FeatureDiscriminator, PatchDiscriminator
 from tokenizer.ema import Average
+from tokenizer.model import VisualTokenizer
 from tokenizer.objective import Objective
 from tokenizer.towers import Tower
 
@@ -117,15 +120,22 @@ def freeze(run: Run) -> None:
 
 def freeze_unused(run: Run) -> None:
     """Take what no loss reaches, such as a tower's pooling head, out of training: DDP waits for the gradient of every parameter."""
-    objective, pictures = run.objective, run.pairs.batch([0, 1])
+    objective, groups = run.objective, run.pairs.groups
+    pictures = run.pairs.batch(np.flatnonzero(groups == groups[0])[:2])  # of one size
     objective.tokenizer.quantizer.eval()
-    texts = objective.contrast.text.tokenize(pictures.texts).to(run.device) if objective.contrast is not None else None
-    losses = objective(to_tensor(pictures.pictures).to(run.device), run.stage.weights, texts, run.training.model.scales[-1]).losses
+    losses = objective(to_tensor(pictures.pictures).to(run.device), run.stage.weights, tokenized(run, pictures.texts),
+                       run.training.model.scales[-1]).losses
     torch.stack([loss for name, loss in losses.items() if getattr(run.stage.weights, name)]).sum().backward()
     for parameter in objective.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     objective.zero_grad()
     objective.tokenizer.quantizer.train()
+
+
+def tokenized(run: Run, texts: Sequence[str]) -> Tensor | None:
+    """Ids [b, t] for the text tower, where the stage reads any."""
+    contrast = run.objective.contrast
+    return contrast.text.tokenize(texts).to(run.device) if contrast is not None and run.stage.weights.contrastive else None
 
 
 def wrap(objective: Objective, training: TrainTokenizer) -> nn.Module:
@@ -155,6 +165,23 @@ def groups(objective: Objective, stage: Stage) -> list[dict[str, Any]]:
             for (_, tower, decays), parameters in found.items()]
 
 
+def made_of(training: TrainTokenizer, tokenizer: VisualTokenizer) -> dict[str, str]:
+    """What must be the same for a checkpoint to be continued: the recipe, and the embedding under the text tables if it is a language
+    model's."""
+    return {"recipe": recipe_hash(training), "text_checksum": tokenizer.text.checksum if tokenizer.text is not None else ""}
+
+
+def refuse_others(checkpoint: Path, training: TrainTokenizer, tokenizer: VisualTokenizer) -> None:
+    """Errors: ValueError where the checkpoint is of another recipe, or on another language model's rows."""
+    then, now = {"text_checksum": "", **read_state(checkpoint)}, made_of(training, tokenizer)
+    if then["recipe"] != now["recipe"]:
+        raise ValueError(f"{checkpoint} is of recipe {then['recipe']}, this is recipe {now['recipe']}: choose another out, or remove "
+                         f"{checkpoint.parent}")
+    if then["text_checksum"] != now["text_checksum"]:
+        raise ValueError(f"{training.text_rows} holds an embedding with checksum {now['text_checksum']}, {checkpoint} stands on one with "
+                         f"{then['text_checksum'] or 'none'}: put that model's folder there")
+
+
 def everything(run: Run, parts: Parts) -> dict[str, Any]:
     """What a checkpoint holds."""
     modules = {"objective": run.objective, "optimizer": parts.optimizer, "discriminator": parts.discriminator, "critic": parts.critic,
@@ -163,9 +190,7 @@ def everything(run: Run, parts: Parts) -> dict[str, Any]:
 
 
 def restore(run: Run, parts: Parts, saved: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """Go on from a checkpoint of this stage. Errors: ValueError where another recipe wrote it."""
-    if numbers["recipe"] != recipe_hash(run.training):
-        raise ValueError(f"{run.checkpoints} holds checkpoints of another recipe: choose another `out`, or remove the folder")
+    """Go on from a checkpoint of this stage."""
     sharded.put(run.objective.state_dict(), saved["objective"])
     sharded.put_optimizer(parts.optimizer, saved["optimizer"])
     parts.lecam.load_state_dict(saved["lecam"])

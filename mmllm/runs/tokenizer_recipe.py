@@ -205,6 +205,9 @@ def violations(recipe: TrainTokenizer) -> list[str]:
     if q.kind == "shared" and q.semantic_table == "text":
         need(recipe.teacher.steps > 0 or recipe.text_rows is not None,
              "quantizer.semantic_table is text, but there is no text: give text_rows, a language model's folder, or raise teacher.steps")
+        need(recipe.text_rows is None or model.pixel not in ("palette", "linear") or not recipe.start.patches,
+             f"text_rows is {recipe.text_rows}, but {model.pixel} patches start from phrases of the captions' own pieces: set model.pixel "
+             "to conv or vit, or leave text_rows out")
     for name, stage in (("align", recipe.align), ("decode", recipe.decode)):
         if not stage.steps:
             continue
@@ -230,7 +233,9 @@ def _entries(recipe: TrainTokenizer) -> int:
 
 
 CONTINUABLE = ("micro_batch", "ranks", "sharded", "workers", "save_every", "keep_last", "log_every")
-"""Fields that a continued run may change: they alter neither the data order nor what a step computes."""
+"""Fields that a continued run may change. A step has the same pictures in the same order, and draws the same for each of them. Bits may
+differ, for sums are made in another order. And terms that look at all pictures that go through together, ranks × micro_batch of them,
+change with this product: the contrastive loss, entropy, ema tables, revival, balancing, adaptive weight and LeCam."""
 
 
 def recipe_hash(recipe: TrainTokenizer) -> str:

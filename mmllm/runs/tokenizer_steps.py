@@ -1,8 +1,8 @@
 """The steps of one stage of a visual tokenizer's training, on each rank.
 
-Whatever a step draws (pictures, scale, perturbation, augmentation) is a function of seed, step and rank, so there is no random state to
-save. Two losses pull on the pixel decoder's picture, reconstruction and the discriminator's; both gradients are taken there, and one
-backward pass carries their weighted sum on.
+Whatever a step draws (pictures and scale; for each picture, perturbation and augmentation) is a function of seed, step and the picture's
+place in the step: there is no random state to save, and any number of ranks draws the same. Two losses pull on the pixel decoder's picture,
+reconstruction and the discriminator's; both gradients are taken there, and one backward pass carries their weighted sum on.
 """
 
 from collections import deque
@@ -25,11 +25,11 @@ from data.pairs import Batch, batches
 from mmllm import sharded
 from mmllm.manifest import read_state
 from mmllm.run import Log, StopOnSignal, resident_bytes, resolve_precision
-from mmllm.runs.tokenizer_parts import Parts, Run, end, everything, hash_of, make_parts, restore, whole
-from mmllm.runs.tokenizer_recipe import TrainTokenizer, recipe_hash
+from mmllm.runs.tokenizer_parts import Parts, Run, end, everything, hash_of, made_of, make_parts, restore, tokenized, whole
+from mmllm.runs.tokenizer_recipe import TrainTokenizer
 from mmllm.runs.train_teacher import cosine
 from tokenizer.adversarial import adaptive_weight, discriminator_hinge, gan_weight, generator_hinge
-from tokenizer.discriminator import augment
+from tokenizer.discriminator import DRAWS, augment
 from tokenizer.objective import Objective
 from tokenizer.perturb import perturb_codes
 from tokenizer.quantize import SharedIndexQuantizer
@@ -76,8 +76,8 @@ def run_stage(run: Run, first: int, resumed: Path | None, stop: StopOnSignal, lo
             clock, since = now, 0
         stopping = stop.asked()
         if stopping or (training.save_every and done % training.save_every == 0 and done < run.total):
-            sharded.save(run.checkpoints, done, everything(run, parts), {"stage": run.name, "step": done, "best_loss": parts.best_loss,
-                                                                         "recipe": recipe_hash(training)}, training.keep_last)
+            numbers = {"stage": run.name, "step": done, "best_loss": parts.best_loss, **made_of(training, objective.tokenizer)}
+            sharded.save(run.checkpoints, done, everything(run, parts), numbers, training.keep_last)
         if stopping and done < run.total:
             if log is not None:
                 log.say(f"told to stop: saved step {done}, the same command continues")
@@ -97,20 +97,21 @@ def step_on(run: Run, parts: Parts, micros: list[Batch], at: int, step: int, nei
     latents = None
     for number, micro in enumerate(micros):
         images, last = to_tensor(micro.pictures).to(run.device), number + 1 == len(micros)
-        generator = torch.Generator().manual_seed(hash_of(training.seed, step, rank(), number))
-        texts = run.objective.contrast.text.tokenize(micro.texts).to(run.device) if run.objective.contrast is not None else None
+        first = (number * training.ranks + rank()) * training.micro_batch  # place in the step, as `read_ahead` shares them out
+        draws = [torch.Generator().manual_seed(hash_of(training.seed, 5, step, first + n)) for n in range(len(images))]
         with synced(parts.objective, last):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=resolve_precision(training.precision) is torch.bfloat16):
-                losses, reading = parts.objective(images, stage.weights, texts, scale, perturbation(run, at, neighbours, generator))
+                losses, reading = parts.objective(images, stage.weights, tokenized(run, micro.texts), scale,
+                                                  perturbation(run, at, neighbours, draws))
             picture, rest = weighed(run, parts, losses, reading.entries, at)
             if weight and parts.discriminator is not None:
-                loss = rest + pulled(parts.discriminator, picture, reading.images, weight, losses, generator if stage.gan.augment else None)
+                loss = rest + pulled(parts.discriminator, picture, reading.images, weight, losses, draws if stage.gan.augment else [])
             else:
                 loss = rest + picture
             (loss / len(micros)).backward()
         if weight and parts.discriminator is not None:
             with synced(parts.discriminator, last):
-                judged = judge(parts, images, reading.images.detach(), losses, stage.gan.lecam, generator if stage.gan.augment else None)
+                judged = judge(parts, images, reading.images.detach(), losses, stage.gan.lecam, draws if stage.gan.augment else [])
                 (judged / len(micros)).backward()
         latents = reading.latents
         seen.append({name: value.detach() for name, value in losses.items()})
@@ -140,20 +141,19 @@ def weighed(run: Run, parts: Parts, losses: dict[str, Tensor], entries: Tensor, 
     zero = torch.zeros((), device=entries.device)
     picture = sum((each.pop(name) for name in ("l1", "l2", "perceptual") if name in each), zero)
     if parts.balance is not None:
-        if at < run.training.balance_steps and at % run.training.balance_every == 0:
-            parts.balance.measure({"reconstruction": picture, **{name: each[name] for name in parts.balance.names[1:]}}, [entries])
+        parts.balance.observe({"reconstruction": picture, **{name: each[name] for name in parts.balance.names[1:]}}, [entries], at)
         factors = parts.balance.weights()
         each = {name: loss * factors.get(name, 1.0) for name, loss in each.items()}
     return picture, sum(each.values(), zero)
 
 
 def pulled(discriminator: nn.Module, picture: Tensor, images: Tensor, weight: float, losses: dict[str, Tensor],
-           generator: torch.Generator | None) -> Tensor:
+           draws: list[torch.Generator]) -> Tensor:
     """A scalar whose gradient at `images` is that of `picture` and, as strong at the picture times `weight`, the discriminator's."""
     plain = discriminator.module if isinstance(discriminator, DistributedDataParallel) else discriminator
     (rebuild,) = torch.autograd.grad(picture, images, retain_graph=True)
     leaf = images.detach().requires_grad_()
-    hinge = generator_hinge(plain(augment(leaf, generator) if generator else leaf))
+    hinge = generator_hinge(plain(augmented(leaf, draws)))
     (persuade,) = torch.autograd.grad(hinge, leaf)
     factor = adaptive_weight(rebuild, persuade)
     losses["generator"], losses["adaptive"] = hinge, factor
@@ -161,22 +161,27 @@ def pulled(discriminator: nn.Module, picture: Tensor, images: Tensor, weight: fl
 
 
 def judge(parts: Parts, images: Tensor, rebuilt: Tensor, losses: dict[str, Tensor], lecam: float,
-          generator: torch.Generator | None) -> Tensor:
+          draws: list[torch.Generator]) -> Tensor:
     """The discriminator's loss on pictures and their reconstructions."""
     assert parts.discriminator is not None
     both = torch.cat([images, rebuilt.to(images.dtype)])
-    real, fake = parts.discriminator(augment(both, generator) if generator else both).chunk(2)
+    real, fake = parts.discriminator(augmented(both, draws * 2)).chunk(2)
     losses["discriminator"] = discriminator_hinge(real, fake)
     losses["lecam"] = parts.lecam(real, fake)
     return losses["discriminator"] + lecam * losses["lecam"]
 
 
-def perturbation(run: Run, at: int, neighbours: Tensor | None, generator: torch.Generator) -> Callable[[Tensor], Tensor] | None:
+def augmented(images: Tensor, draws: list[torch.Generator]) -> Tensor:
+    """By a generator a picture; as they are without any."""
+    return augment(images, torch.stack([torch.rand(DRAWS, generator=own) for own in draws])) if draws else images
+
+
+def perturbation(run: Run, at: int, neighbours: Tensor | None, draws: list[torch.Generator]) -> Callable[[Tensor], Tensor] | None:
     settings = run.stage.perturb
     if neighbours is None:
         return None
     alpha = settings.alpha[0] + (settings.alpha[1] - settings.alpha[0]) * at / max(1, run.stage.steps - 1)
-    return lambda codes: perturb_codes(codes, neighbours, alpha, settings.beta, generator)
+    return lambda codes: perturb_codes(codes, neighbours, alpha, settings.beta, draws)
 
 
 def synced(module: nn.Module, last: bool) -> Any:

@@ -8,8 +8,11 @@
 A run that stops goes on from its newest checkpoint and ends with the weights it would have had without the interruption, bit for bit.
 """
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,11 +28,12 @@ from mmllm import launch, sharded
 from mmllm.manifest import newest, read_state, verify
 from mmllm.progress import Progress
 from mmllm.run import Log, StopOnSignal, seed_all, write_json
-from mmllm.runs.tokenizer_parts import Run
-from mmllm.runs.tokenizer_recipe import TrainTokenizer, TrainVisual, check
+from mmllm.runs.tokenizer_parts import Run, refuse_others
+from mmllm.runs.tokenizer_recipe import TrainTokenizer, TrainVisual, check, recipe_hash
 from mmllm.runs.tokenizer_steps import run_stage
 from mmllm.runs.train_teacher import train_teacher
 from tokenizer.contrastive import TextTower
+from tokenizer.features import HEAD
 from tokenizer.model import VisualTokenizer
 from tokenizer.objective import CodeContrast, Objective
 from tokenizer.perceptual import Perceptual, edges
@@ -41,21 +45,37 @@ from tokenizer.text import TextTokenizer
 from tokenizer.towers import Tower
 
 STOPPED = 143
-"""Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
+"""Exit code after SIGTERM or SIGUSR1, the checkpoint saved: 128 + 15, as shells say it."""
 
 
 def main(recipe: TrainVisual) -> Path:
-    """Train to the last step; under torchrun this process is one rank, else ranks are started here. → `recipe.out`"""
+    """Train to the last step, unless that is done; under torchrun this process is one rank, else ranks are started here. → `recipe.out`
+
+    Errors: ValueError for a recipe that cannot work, or is not that of the tokenizer in `out`."""
     if launch.under_torchrun():
         recipe = replace(recipe, training=replace(recipe.training, ranks=int(os.environ["WORLD_SIZE"])))
     check(recipe.training)
+    if ended(recipe):
+        return recipe.out
     if recipe.training.ranks > 1 and not launch.under_torchrun():
         launch.launch("mmllm.runs.train_tokenizer:train", recipe, recipe.training.ranks)
     else:
         train(recipe)
-    if not (recipe.out / "model.safetensors").is_file():
+    if not ended(recipe):
         raise SystemExit(STOPPED)  # told to stop, saved, to be continued
     return recipe.out
+
+
+def ended(recipe: TrainVisual) -> bool:
+    """`out` holds this recipe's tokenizer, whole. Errors: ValueError where it holds another's."""
+    if not (recipe.out / "config.json").is_file():  # written last
+        return False
+    path, now = recipe.run / "recipe.json", recipe_hash(recipe.training)
+    then = json.loads(path.read_text()).get("hash") if path.is_file() else None
+    if then != now:
+        raise ValueError(f"{recipe.out} holds a tokenizer of recipe {then or 'unknown'}, this is recipe {now} (`hash` in {path}): choose "
+                         "another out, or remove both folders")
+    return True
 
 
 def train(recipe: TrainVisual) -> None:
@@ -75,20 +95,23 @@ def train(recipe: TrainVisual) -> None:
         start_books(training, objective.tokenizer, text, pairs, device)
     else:
         verify(resumed)
-    at, step = ("align", 0) if resumed is None else (read_state(resumed)[name] for name in ("stage", "step"))
+        refuse_others(resumed, training, objective.tokenizer)
+    at, step = ("", 0) if resumed is None else (read_state(resumed)[name] for name in ("stage", "step"))
     stages = [(name, stage) for name, stage in (("align", training.align), ("decode", training.decode)) if stage.steps]
-    total = sum(stage.steps for _, stage in stages)
-    stop, before = StopOnSignal(), 0
+    total, before = sum(stage.steps for _, stage in stages), 0
     if rank() == 0:
-        write_json(recipe.run / "recipe.json", asdict(recipe))
-    log = Log(recipe.run, total, after_step=step, title="tokenizer") if rank() == 0 else None
-    for name, stage in stages:
-        if step < before + stage.steps or name == stages[-1][0]:
-            run = Run(training, name, stage, objective, pairs, held, recipe.run / "checkpoints", before, total, device)
-            if not run_stage(run, step, resumed if at == name else None, stop, log):
-                return
-        before += stage.steps
+        write_json(recipe.run / "recipe.json", {"hash": recipe_hash(training), **asdict(recipe)})
+    opened = Log(recipe.run, total, after_step=step, title="tokenizer") if rank() == 0 else nullcontext()
+    with StopOnSignal() as stop, opened as log:
+        for name, stage in stages:
+            if name == at or step < before + stage.steps:  # a stage that was saved at its last step still hands its weights on
+                run = Run(training, name, stage, objective, pairs, held, recipe.run / "checkpoints", before, total, device)
+                if not run_stage(run, step, resumed if name == at else None, stop, log):
+                    return
+            before += stage.steps
     save(recipe, objective)
+    if training.ranks > 1:
+        torch.distributed.barrier()  # no rank looks for what the first has not yet written
 
 
 def make_teacher(recipe: TrainVisual, pairs: Pairs, text: TextTokenizer) -> Teacher:
@@ -132,13 +155,13 @@ def text_embedding(training: TrainTokenizer, own: Teacher | None, text: TextToke
         from tokenizer.text_rows import read, select
 
         rows = select(read(training.text_rows), training.model.quantizer.codebook_size, training.text_selection, training.seed)
-        embedding, ids = rows.embedding, rows.ids
+        embedding, ids, checksum = rows.embedding, rows.ids, rows.checksum
     else:
         assert own is not None
         ids = usable_rows(text.encode_all(pairs.texts), text.size)
-        embedding = own.text.token_embedding.weight[ids].detach()  # pyright: ignore[reportIndexIssue]
+        embedding, checksum = own.text.token_embedding.weight[ids].detach(), ""  # pyright: ignore[reportIndexIssue]
     embedding = embedding - embedding.mean(0)
-    return TextEmbedding(embedding / embedding.norm(dim=-1).mean(), ids, embedding.shape[1])
+    return TextEmbedding(embedding / embedding.norm(dim=-1).mean(), ids, embedding.shape[1], checksum)
 
 
 def usable_rows(texts: Sequence[Sequence[int]], size: int) -> Tensor:
@@ -157,9 +180,9 @@ def start_books(training: TrainTokenizer, model: VisualTokenizer, text: TextToke
     group = np.flatnonzero(pairs.groups == np.bincount(pairs.groups).argmax())  # pictures of one size
     sample = np.random.default_rng(training.seed).permutation(group)[:max(training.ranks, training.start.patches // grid)]
     batch = pairs.batch(sample[rank()::training.ranks])
-    ids = model.text_ids
     said = None
-    if ids is not None and training.text_rows is None:
+    if model.text is not None and training.text_rows is None:
+        ids = model.text.ids
         place, said = {int(row): column for column, row in enumerate(ids)}, torch.zeros(len(batch.texts), len(ids))
         for line, words in zip(said, text.encode_all(batch.texts), strict=True):
             line[[place[i] for i in words if i in place]] = 1
@@ -168,18 +191,18 @@ def start_books(training: TrainTokenizer, model: VisualTokenizer, text: TextToke
 
 
 def save(recipe: TrainVisual, objective: Objective) -> None:
-    """The tokenizer, written by the first rank; beside it, the head and text tower of a contrastive loss."""
+    """The tokenizer, written by the first rank; beside it, and before, the head and text tower of a contrastive loss."""
     model = objective.tokenizer
     if isinstance(model.quantizer, SharedIndexQuantizer):
         model.quantizer.freeze()
     weights = sharded.gathered(objective.state_dict())
     if rank() != 0:
         return
-    ids = model.text_ids
-    shape = model.quantizer.text_shape if isinstance(model.quantizer, SharedIndexQuantizer) else None
-    whole = VisualTokenizer(model.config, TextEmbedding(None, ids, shape[1]) if ids is not None and shape else None)
-    whole.load_state_dict({name.removeprefix("tokenizer."): value for name, value in weights.items() if name.startswith("tokenizer.")})
-    whole.eval().requires_grad_(False).save(recipe.out)
+    recipe.out.mkdir(parents=True, exist_ok=True)
     if objective.contrast is not None:
         head = {name.removeprefix("contrast."): value.contiguous() for name, value in weights.items() if name.startswith("contrast.")}
-        safetensors.torch.save_file(head, recipe.out / "contrast.safetensors")
+        safetensors.torch.save_file(head, recipe.out / HEAD, {"text_tower": recipe.training.text_tower})
+        shutil.copyfile(recipe.text, recipe.out / "text.model")
+    whole = VisualTokenizer(model.config, model.text)
+    whole.load_state_dict({name.removeprefix("tokenizer."): value for name, value in weights.items() if name.startswith("tokenizer.")})
+    whole.eval().requires_grad_(False).save(recipe.out)
