@@ -1,24 +1,30 @@
 """Conversations → sequences that train on the assistant alone.
 
-    <bos> (<user> text and pictures <assistant> text and pictures)* <eos>
+    <bos> (<system> text)? (<user> text and pictures <assistant> text and pictures)* <eos>
 
 The user's turn is read, never learned. What the assistant says is learned, with the token that ends its turn: the next
 `<user>`, or `<eos>`. The grid of a picture is the asker's to give, so the grid token is never learned.
 
-A *turn* is `{"role": "user" | "assistant", "content": parts}`, a part `{"type": "text", "text": str}` or
+A *turn* is `{"role": "system" | "user" | "assistant", "content": parts}`, a part `{"type": "text", "text": str}` or
 `{"type": "image", "codes": [M, h, w]}`; a plain string may stand for one text.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.document import CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, TokenSequence, uniform
-from data.loader import DataConfig, Loader, Row, assemble
+from data.chance import uniform
+from data.config import DataConfig
+from data.document import CAPTION, IMAGE, QUESTION, TEXT, TokenDocument
+from data.loader import Loader, Row, assemble
 from data.packing import pack
+from data.plan import Place
+from data.sequence import TokenSequence
 from data.vocab import Vocab
 
 Encode = Callable[[str], list[int]]
@@ -71,12 +77,15 @@ def _parts(turn: Turn, vocab: Vocab, encode: Encode) -> Sequence[list[int]]:
 def _sequence(turns: Sequence[tuple[str, Sequence[Sequence[int]]]], vocab: Vocab) -> TokenSequence:
     """Turns of parts of ids, alternating from the user → ids and weights."""
     ids, weights = [vocab.bos], [0.0]
+    names = {"system": vocab.system, "user": vocab.user, "assistant": vocab.assistant}
+    expected, spoke = ("system", "user"), ""
     for number, (role, parts) in enumerate(turns):
-        if role != ("user", "assistant")[number % 2]:
-            raise ValueError(f"turn {number} is {role!r}: turns alternate and the user begins")
+        if role not in expected:
+            raise ValueError(f"turn {number} is {role!r}: user and assistant alternate, the user begins, behind the system at most")
         learned = role == "assistant"
-        ids.append(vocab.assistant if learned else vocab.user)
-        weights.append(float(not learned and number > 0))  # this <user> ends the assistant's turn
+        ids.append(names[role])
+        weights.append(float(spoke == "assistant"))  # this <user> ends the assistant's turn
+        expected, spoke = ("assistant",) if role == "user" else ("user",), role
         for part in parts:
             ids += part
             weights += [float(learned)] * len(part)
@@ -117,56 +126,78 @@ class ChatLoader:
     """Rows of conversations made from token shards of pairs; as `data.loader.Loader`, a pure function of the number.
 
     A picture is drawn and sometimes asked about, or shown and described or asked about at once; in a share `MORE` of the
-    conversations a second picture follows."""
+    conversations a second picture of the block follows."""
 
     def __init__(self, config: DataConfig, encode: Encode, fingerprint: str | None = None) -> None:
         self.config, self.loader = config, Loader(config, fingerprint)
         self.vocab, self.row_len = self.loader.vocab, config.row_len
-        name = f"chat 2 {self.loader.plan_hash} {DRAW_REQUESTS} {DESCRIBE_REQUESTS}"
-        self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]
+        if len(self.loader.plan.names) > 1:
+            raise ValueError(f"data.stages has {len(self.loader.plan.names)} sources: conversations are made from the pairs of one")
         self._draw, self._describe = [encode(r) for r in DRAW_REQUESTS], [encode(r) for r in DESCRIBE_REQUESTS]
-        table = self.loader.table
-        self._keys, self._pairs = table.keys, np.flatnonzero(table.is_pair)
-        if not len(self._pairs):
-            raise ValueError(f"{config.shards} holds no picture with a text: conversations are made from pairs only")
-        self._rows: list[list[tuple[int, int]]] = []  # (document, epoch) of each row packed so far
-        self._blocks = 0
+        self._first_rows = [0]  # of each block that is known, and of the next
+        self._known = 0  # number of the first
+        self._block = lru_cache(2)(self._packed)
+
+    @property
+    def plan_hash(self) -> str:
+        name = f"chat 3 {self.loader.plan.hash()} {DRAW_REQUESTS} {DESCRIBE_REQUESTS}"
+        return hashlib.sha256(name.encode()).hexdigest()[:16]
 
     def row(self, number: int) -> Row:
         """Row `number`, 0 …, of the endless list."""
-        while number >= len(self._rows):
-            self._pack_block()
-        members = self._rows[number]
-        keys = tuple(str(self._keys[document]) for document, _ in members)
-        return assemble([self.sequence(*member) for member in members], keys, self.row_len, self.vocab.pad)
+        places, rows = self._block(self._at(number))
+        members = rows[number - self._first_rows[self._at(number) - self._known]]
+        sequences = [self.sequence(places[i], places) for i in members]
+        return assemble(sequences, tuple(self.loader.key(places[i]) for i in members), self.row_len, self.vocab.pad)
 
-    def _pack_block(self) -> None:
-        """The next block of documents becomes rows: only as much is planned as is trained on."""
-        blocks = -(-len(self._pairs) // BLOCK)
-        epoch, block = divmod(self._blocks, blocks)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(self._pairs)
-        documents = [int(i) for i in order[block * BLOCK:(block + 1) * BLOCK]]
-        lengths = [len(self.sequence(document, epoch).ids) for document in documents]
-        self._rows += [[(documents[i], epoch) for i in row] for row in pack(lengths, self.row_len, self.config.window)]
-        self._blocks += 1
+    def state(self, consumed_rows: int) -> dict[str, Any]:
+        block = self._at(max(consumed_rows - 1, 0))
+        return {"plan_hash": self.plan_hash, "consumed_rows": consumed_rows, "block": block,
+                "first_row": self._first_rows[block - self._known]}
 
-    def sequence(self, number: int, epoch: int) -> TokenSequence:
-        """Document `number` as a conversation in `epoch`."""
-        doc, chance = self.loader.document(number), self._chances(number, epoch)
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Errors: ValueError where the rows that were consumed would be others now."""
+        if state["plan_hash"] != self.plan_hash:
+            raise ValueError(f"data order (plan {state['plan_hash']} then, {self.plan_hash} now)")
+        self._known, self._first_rows = state["block"], [state["first_row"]]
+
+    def _at(self, row: int) -> int:
+        """Number of the block that holds a row."""
+        if row < self._first_rows[0]:
+            self._known, self._first_rows = 0, [0]
+        barren = 0
+        while row >= self._first_rows[-1]:
+            _, rows = self._block(self._known + len(self._first_rows) - 1)
+            self._first_rows.append(self._first_rows[-1] + len(rows))
+            barren = 0 if rows else barren + 1
+            if barren * BLOCK > self.loader.plan.orders[0].size:
+                raise ValueError(f"{self.config.shards} holds no picture with a text: conversations are made from pairs only")
+        return self._known + bisect_right(self._first_rows, row) - 1
+
+    def _packed(self, block: int) -> tuple[list[Place], list[list[int]]]:
+        """The pairs among the next documents, and which of them are in each row: only as much is planned as is trained on."""
+        plan = self.loader.plan
+        places = [Place(0, epoch, group, number) for epoch, group, numbers in plan.orders[0].places(block * BLOCK, (block + 1) * BLOCK)
+                  for number in numbers[plan.table(0, epoch, group).is_pair[numbers]].tolist()]
+        lengths = [len(self.sequence(place, places).ids) for place in places]
+        return places, pack(lengths, self.row_len, self.config.window)
+
+    def sequence(self, place: Place, others: list[Place]) -> TokenSequence:
+        """A document as a conversation, in which one of the others may follow."""
+        doc, chance = self.loader.documents([place])[0], self._chances(place)
         if chance(SALT_TASK) < self.config.draw_ratio and chance(SALT_DROP) < self.config.drop_text:
             return blank(doc, self.vocab)
-        exchanges = self._exchanges(number, epoch)
+        exchanges = self._exchanges(place)
         alone = self._join(exchanges)
         if chance(SALT_MORE) < MORE:
-            partner = int(self._pairs[int(chance(SALT_PARTNER) * len(self._pairs))])
-            both = self._join(exchanges + self._exchanges(partner, epoch))
+            both = self._join(exchanges + self._exchanges(others[int(chance(SALT_PARTNER) * len(others))]))
             if len(both.ids) <= self.row_len:
                 return both
         return alone
 
-    def _exchanges(self, number: int, epoch: int) -> list[Exchange]:
+    def _exchanges(self, place: Place) -> list[Exchange]:
         """What is said about one document."""
-        doc, chance = self.loader.document(number), self._chances(number, epoch)
+        doc, chance = self.loader.documents([place])[0], self._chances(place)
         order = np.argsort([chance(SALT_ORDER + i) for i in range(doc.kinds.count(QUESTION))]).tolist()
         if chance(SALT_TASK) < self.config.draw_ratio:
             captions = [i for i, kind in enumerate(doc.kinds) if kind in (TEXT, CAPTION)]
@@ -182,10 +213,10 @@ class ChatLoader:
         turns = [turn for asked, answered in exchanges for turn in (("user", asked), ("assistant", answered))]
         return _sequence(turns, self.vocab)
 
-    def _chances(self, number: int, epoch: int) -> Callable[[int], float]:
+    def _chances(self, place: Place) -> Callable[[int], float]:
         """A document's choices in an epoch: salt → a number in [0, 1)."""
-        key = self.loader.table.key_hash[number:number + 1]
-        return lambda salt: float(uniform(self.config.seed, key, epoch, salt)[0])
+        key = self.loader.plan.table(*place[:3]).key_hash[place.number:place.number + 1]
+        return lambda salt: float(uniform(self.config.seed, key, place.epoch, salt)[0])
 
 
 def _pick(choices: list[list[int]], u: float) -> list[int]:

@@ -1,37 +1,26 @@
-"""An interleaved document of text and pictures, and how it becomes the ids a model is trained on.
+"""An interleaved document of text and pictures: what was said and shown.
 
-A *document* holds what was said and shown: parts in order, other captions of its picture, questions with answers.
-A *sequence* is one way to train on it: draw the picture from a caption, describe the picture and answer, or read the
-parts in order. Which one is a hash of seed, sample and epoch, never a stream of random numbers, so that any rank can
-build sequence i without building the others.
+Parts lie in reading order, beside them other captions of a picture, questions with answers, or who says what. `Document` is the raw
+form, `TokenDocument` the same as ids. How a model is trained on one is a matter of sequence.py.
 
-Grammar, version 1 (h w code grid, M books):
-
-    image        <boi> <grid_HxW> code × h·w·M <eoi>
-    draw         <bos> caption image <eos>                          loss on the image and <eos>
-    describe     <bos> image text (<user> question <assistant> answer)* <eos>    loss on text, answers and their ends
-                 or the text last, as the answer to an empty question, so that answers are read off the picture too
-    interleaved  <bos> (text | image)* <eos>                        loss on everything but <grid>
-
-Letters: n ids of a sequence, p parts.
+Letters: n ids, p parts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.vocab import Vocab
-
-GRAMMAR_VERSION = 1
-
 Kind = Literal["text", "image", "caption", "question", "answer"]
 KINDS: tuple[Kind, ...] = ("text", "image", "caption", "question", "answer")
 TEXT, IMAGE, CAPTION, QUESTION, ANSWER = range(5)
 
-DRAW, DESCRIBE, INTERLEAVED = range(3)
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+ROLE = 8
+"""A part of a conversation has kind + ROLE × (1 for the system, 2 for the user, 3 for the assistant)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +37,27 @@ class Document:
     """Questions about the picture, with answers."""
     meta: dict[str, object] = field(default_factory=dict[str, object])
     """What evaluation wants to know (the scene that was drawn)."""
+    roles: tuple[Role, ...] = ()
+    """Who says each part of a conversation; empty for a document that nobody speaks."""
+
+
+def check_roles(document: Document) -> None:
+    """Errors: ValueError "conversation: …" unless user and assistant take turns, the user first and the assistant last, behind at
+    most one turn of the system; neighbouring parts of one role are one turn."""
+    roles = document.roles
+    if not roles:
+        return
+    if len(roles) != len(document.parts):
+        raise ValueError(f"conversation: {len(roles)} roles for {len(document.parts)} parts")
+    if unknown := set(roles) - set(ROLES):
+        raise ValueError(f"conversation: role {min(map(str, unknown))!r} is none of {', '.join(ROLES)}")
+    turns = [role for role, _ in groupby(roles)]
+    spoken = turns[turns[0] == "system":]
+    if len(spoken) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)) or not spoken:
+        raise ValueError(f"conversation: turns are {', '.join(turns[:6])}{', …' if len(turns) > 6 else ''}: user and assistant alternate, "
+                         "the user begins and the assistant ends; the system speaks first or not at all")
+    if document.captions or document.questions:
+        raise ValueError("conversation: captions and questions belong to pictures, not to conversations")
 
 
 def texts_of(document: Document) -> tuple[str, ...]:
@@ -82,107 +92,11 @@ class TokenDocument:
 
     @classmethod
     def from_bytes(cls, payload: bytes | memoryview) -> "TokenDocument":
+        """Errors: ValueError for bytes that are none."""
         array = np.frombuffer(payload, "<i4")
-        count = int(array[0])
+        count = int(array[0]) if len(array) else -1
+        if not 0 <= count <= len(array) // 4 or int(array[4:1 + 4 * count:4].sum(dtype=np.int64)) != len(array) - 1 - 4 * count:
+            raise ValueError(f"{len(payload)} bytes are no token document")
         table = array[1:1 + 4 * count].reshape(count, 4).tolist()
         return cls(kinds=tuple(row[0] for row in table), grids=tuple((row[1], row[2]) for row in table),
                    lengths=tuple(row[3] for row in table), ids=array[1 + 4 * count:])
-
-
-# Per-sample decisions ---------------------------------------------------------------------------------------------
-
-def uniform(seed: int, key_hash: NDArray[np.uint64], epoch: int, salt: int) -> NDArray[np.float64]:
-    """A number in [0, 1) a sample: SplitMix64 (Steele et al. 2014, OOPSLA, figure 17) of (seed, key, epoch, salt)."""
-    mix = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + salt * 0x8CB92BA72F3D8DD7) % 2**64
-    with np.errstate(over="ignore"):
-        z = key_hash ^ np.uint64(mix)
-        for _ in range(2):
-            z = z + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-# Sequences --------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """Ids [n] of one document and, for each, the loss weight of *predicting it* (0 for the first)."""
-
-    ids: NDArray[np.int64]
-    loss_weight: NDArray[np.float32]
-
-
-class _Writer:
-    """Collects pieces of a sequence."""
-
-    def __init__(self, vocab: Vocab) -> None:
-        self.vocab, self.ids, self.weights = vocab, list[int](), list[float]()
-
-    def add(self, ids: Sequence[int] | NDArray[np.int32], weight: float) -> None:
-        self.ids += list(ids)
-        self.weights += [weight] * len(ids)
-
-    def image(self, codes: NDArray[np.int32], grid: tuple[int, int], weight: float, boi_weight: float) -> None:
-        """The grid token is the asker's to give: never trained on."""
-        vocab = self.vocab
-        self.add([vocab.boi], boi_weight)
-        self.add([vocab.grid(*grid)], 0.0)
-        self.add(codes, weight)
-        self.add([vocab.eoi], weight)
-
-    def done(self) -> TokenSequence:
-        return TokenSequence(np.array(self.ids, np.int64), np.array(self.weights, np.float32))
-
-
-def image_length(codes: int) -> int:
-    """Ids of a picture with its frame: <boi> <grid> codes <eoi>."""
-    return codes + 3
-
-
-def draw(doc: TokenDocument, caption: int | None, vocab: Vocab) -> TokenSequence:
-    """Text → image. `caption` is the number of the part that is the prompt; None drops it, for guidance."""
-    image = doc.kinds.index(IMAGE)
-    out = _Writer(vocab)
-    out.add([vocab.bos], 0)
-    if caption is not None:
-        out.add(doc.part(caption), 0)
-    out.image(doc.part(image), doc.grids[image], 1, boi_weight=0)
-    out.add([vocab.eos], 1)
-    return out.done()
-
-
-def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab) -> TokenSequence:
-    """Image → text and the questions in `order` (numbers 0 …) with their answers; the text directly behind the image, or last as
-    the answer to an empty question."""
-    image, text = doc.kinds.index(IMAGE), doc.kinds.index(TEXT)
-    questions = [number for number, kind in enumerate(doc.kinds) if kind == QUESTION]
-    turns = [(doc.part(questions[number]), doc.part(questions[number] + 1)) for number in order]
-    if not text_first:
-        turns.append((doc.part(text)[:0], doc.part(text)))
-    out = _Writer(vocab)
-    out.add([vocab.bos], 0)
-    out.image(doc.part(image), doc.grids[image], 0, boi_weight=0)
-    if text_first:
-        out.add(doc.part(text), 1)
-    for number, (question, answer) in enumerate(turns):
-        out.add([vocab.user], float(text_first or number > 0))  # the end of what came before: the description or an answer
-        out.add(question, 0)
-        out.add([vocab.assistant], 0)
-        out.add(answer, 1)
-    out.add([vocab.eos], 1)
-    return out.done()
-
-
-def interleaved(doc: TokenDocument, vocab: Vocab) -> TokenSequence:
-    """Parts in reading order."""
-    out = _Writer(vocab)
-    out.add([vocab.bos], 0)
-    for number, (kind, grid) in enumerate(zip(doc.kinds, doc.grids, strict=True)):
-        if kind == IMAGE:
-            out.image(doc.part(number), grid, 1, boi_weight=1)
-        elif kind == TEXT:
-            out.add(doc.part(number), 1)
-    out.add([vocab.eos], 1)
-    return out.done()

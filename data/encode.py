@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.document import CAPTION, GRAMMAR_VERSION, IMAGE, QUESTION
+from data.document import CAPTION, IMAGE, QUESTION, ROLE
 from data.images import ANY, Limits
 from data.index import index_path, read_index
+from data.sequence import GRAMMAR_VERSION
 from data.skipped import Skipped
 from data.tokens import Encoding, ImageEncoder, encode_shards
 from data.vocab import Vocab
@@ -41,6 +42,11 @@ Tell = Callable[[int, int, Mapping[str, float]], None]
 """Told (shards done, shards, {"images/s": …}) after every batch."""
 
 
+def vocab_of(visual: VisualTokenizer, text: TextTokenizer) -> Vocab:
+    """The id space of two tokenizers."""
+    return Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
+
+
 def fingerprint(visual: str, text: str, vocab: Vocab) -> str:
     """One name for everything that decides an id: both tokenizers, the id ranges and the grammar. 16 hex digits."""
     return hashlib.sha256(f"{visual} {text} {vocab} {GRAMMAR_VERSION}".encode()).hexdigest()[:16]
@@ -48,7 +54,7 @@ def fingerprint(visual: str, text: str, vocab: Vocab) -> str:
 
 def encode(source: Sequence[Path], folder: Path, visual: ImageEncoder | Path, text: TextTokenizer | Path, vocab: Vocab,
            progress: Tell = lambda done, total, measures: None, *, processes: int = 1, max_bad: float = 0.0, batch_len: int = 256,
-           limits: Limits = ANY, node: tuple[int, int] = (0, 1)) -> Path:
+           limits: Limits = ANY, scale: int = 1, node: tuple[int, int] = (0, 1)) -> Path:
     """Encode raw shards into `folder`, which may hold some already. → the manifest.
 
     Tokenizers given as paths are loaded, by each of several `processes` for itself, onto a GPU where there is one; objects are used
@@ -65,13 +71,13 @@ def encode(source: Sequence[Path], folder: Path, visual: ImageEncoder | Path, te
     encoder = _loaded(visual, 0 if processes == 1 else None) if isinstance(visual, Path) else visual
     said = TextTokenizer.load(text) if isinstance(text, Path) else text
     name = fingerprint(encoder.fingerprint, said.fingerprint, vocab)
-    _claim(folder, name)
+    _claim(folder, name if scale == 1 else f"{name} at scale {scale}")
     work = [(path, folder / path.name) for path in source]
     mine = work[node[0]::node[1]]
     whole = [target for _, target in mine if index_path(target).exists()]
     for target in whole:
         read_index(target, name)  # or it is refused
-    how = Encoding(batch_len=batch_len, max_bad=max_bad, limits=limits)
+    how = Encoding(batch_len=batch_len, max_bad=max_bad, limits=limits, scale=scale)
     if paths is None or processes == 1:
         steps = encode_shards(_missing(mine), encoder, said, vocab, name, how)
     else:
@@ -195,7 +201,7 @@ def write_manifest(folder: Path, targets: Sequence[Path], name: str, vocab: Voca
     if not all(index_path(target).exists() for target in targets):
         return path  # other nodes are still at it
     indexes = [read_index(target, name) for target in targets]
-    kinds = np.concatenate([index.kinds for index in indexes])
+    kinds = np.concatenate([index.kinds for index in indexes]) % ROLE
     lengths = np.concatenate([index.lengths for index in indexes])
     skipped = Skipped.joined(index.skipped for index in indexes)
     manifest = {

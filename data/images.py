@@ -15,14 +15,15 @@ Letters: H W pixels.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from tokenizer.grid import Size, nearest_bucket
 
@@ -64,23 +65,45 @@ def fitted(source: bytes | Path | str, sizes: int | Sequence[Size], limits: Limi
     return fit(picture, nearest_bucket(*picture.size, sizes))
 
 
+def header(source: bytes | Path | str, limits: Limits = ANY) -> tuple[str, int, int]:
+    """(format as PIL names it, width, height) of a picture of which no pixel is decoded. Errors: Refused, as far as its header tells."""
+    name = "picture" if isinstance(source, bytes) else str(source)
+    with _refusing(name):
+        picture = _open(source, name, limits)
+        return picture.format or "", picture.width, picture.height
+
+
 def _load(source: bytes | Path | str, limits: Limits, sizes: Sequence[Size] | None) -> Image.Image:
     name = "picture" if isinstance(source, bytes) else str(source)
-    try:
-        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        _check(picture, name, limits)
+    with _refusing(name):
+        picture = _open(source, name, limits)
         if sizes is not None and picture.format in ("JPEG", "MPO"):
             picture.draft(None, _near(picture.size, _turn(picture), sizes))
         picture.load()
         turn = _turn(picture)  # a PNG may tell behind its pixels
         rgb = _rgb(picture, name)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _open(source: bytes | Path | str, name: str, limits: Limits) -> Image.Image:
+    picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    _check(picture, name, limits)
+    return picture
+
+
+@contextmanager
+def _refusing(name: str) -> Generator[None]:
+    """Whatever a decoder raises becomes Refused."""
+    try:
+        yield
     except (FileNotFoundError, MemoryError, Refused):
         raise
+    except UnidentifiedImageError as error:  # PIL's words hold an address
+        raise Refused(f"does not decode as a picture: {name}: it begins as none that is known") from error
     except Image.DecompressionBombError as error:
         raise Refused(f"too large: {name}: {error}") from error
     except Exception as error:  # decoders meet any bytes, and raise anything
         raise Refused(f"does not decode as a picture: {name}: {error}") from error
-    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _check(picture: Image.Image, name: str, limits: Limits) -> None:

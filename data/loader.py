@@ -1,49 +1,33 @@
 """Token shards → packed rows, in an order that is a pure function of the recipe.
 
 Row n depends on seed, token shards and settings, not on who asks: ranks take slices of the same endless list of rows, so
-the data order survives any change of width. The state of a run is `{plan_hash, consumed_rows}`.
+the data order survives any change of width. Which documents are in it says plan.py; here they are read and put side by side.
 
 Letters: s tokens in a row, d documents in it.
 """
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import document as docs
-from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, TokenSequence, uniform
-from data.index import Index, read_index, read_manifest
-from data.packing import pack
+from data import index, sequence, store
+from data.choices import Choice, Table, question_order
+from data.config import DataConfig
+from data.document import QUESTION, TokenDocument
+from data.mixture import Source
+from data.order import Group
+from data.plan import Listed, Place, Plan
+from data.sequence import CHAT, DRAW, INTERLEAVED, TokenSequence
 from data.vocab import Vocab
 
-PLAN_VERSION = 1
-SALT_TASK, SALT_CAPTION, SALT_DROP, SALT_FIRST, SALT_QUESTION = range(5)  # and on, a question each
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which token shards, and how their documents become rows."""
-
-    shards: Path
-    """Folder of token shards with its manifest.json."""
-    prefix: str = "train"
-    """Shards whose name starts so."""
-    row_len: int = 2048
-    """s: tokens in a packed row."""
-    seed: int = 0
-    """Order of documents and every choice a document needs."""
-    draw_ratio: float = 0.6
-    """Share of picture–text pairs trained text → image; the others are described and asked about."""
-    describe_first: float = 0.5
-    """Share of described documents whose text comes before the questions; in the others it comes behind them."""
-    drop_text: float = 0.1
-    """Share of text → image documents whose text is dropped, for guidance."""
-    window: int = 256
-    """Documents looked at to fill the end of a row."""
+if TYPE_CHECKING:
+    from data.online import OnlineShards
 
 
 @dataclass(frozen=True)
@@ -68,11 +52,11 @@ def assemble(sequences: list[TokenSequence], keys: tuple[str, ...], row_len: int
     labels = np.full(row_len, pad, np.int64)
     weight = np.zeros(row_len, np.float32)
     borders, at = [0], 0
-    for sequence in sequences:
-        end = at + len(sequence.ids)
-        tokens[at:end] = sequence.ids
-        labels[at:end - 1] = sequence.ids[1:]
-        weight[at:end - 1] = sequence.loss_weight[1:]
+    for each in sequences:
+        end = at + len(each.ids)
+        tokens[at:end] = each.ids
+        labels[at:end - 1] = each.ids[1:]
+        weight[at:end - 1] = each.loss_weight[1:]
         borders.append(end)
         at = end
     if at < row_len:
@@ -80,136 +64,134 @@ def assemble(sequences: list[TokenSequence], keys: tuple[str, ...], row_len: int
     return Row(tokens, labels, weight, np.array(borders, np.int32), keys)
 
 
+class Shards:
+    """The token shards of one source: their list at once, indexes and payload as they are asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.folder = source.shards
+        self.manifest = index.read_manifest(self.folder)
+        self.fingerprint = str(self.manifest["fingerprint"])
+        self.vocab = Vocab.of(self.manifest["vocab"])
+        self.names = sorted(name for name in self.manifest["shards"] if name.startswith(source.prefix))
+        if not self.names:
+            raise FileNotFoundError(f"{self.folder} lists no shard named {source.prefix}*.tar")
+        self.listed = [self.manifest["shards"][name] for name in self.names]
+        self.payload = lru_cache(None)(self._payload)
+        if store.url(self.folder) is None:  # in a store, as they are opened: a request each
+            for number in range(len(self.names)):
+                self._payload(number)
+
+    def plan(self) -> Listed:
+        counts = np.array([listed["documents"] for listed in self.listed], np.int64)
+        share = counts.sum() / max(self.manifest["documents"], 1)
+        return Listed(counts, round(share * (self.manifest["image_codes"] + self.manifest["text_ids"])),
+                      [listed["index"] for listed in self.listed], self.table)
+
+    def table(self, group: Group) -> Table:
+        return Table.join([self.index(number) for number in group.shards])
+
+    def index(self, number: int) -> index.Index:
+        place = store.join(self.folder, self.names[number])
+        try:
+            content = store.read_bytes(store.join(self.folder, index.index_path(Path(self.names[number])).name))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"token shard {place} has no index: encode it again") from error
+        if hashlib.sha256(content).hexdigest()[:16] != self.listed[number]["index"]:
+            raise ValueError(f"the index of token shard {place} is not the one in the manifest: encode the shard again")
+        return index.of_bytes(content, place, self.fingerprint)
+
+    def _payload(self, number: int) -> store.Reader:
+        place = store.join(self.folder, self.names[number])
+        try:
+            reader = store.open(place)
+        except FileNotFoundError:
+            reader = None
+        if reader is None or reader.size != self.listed[number]["bytes"]:
+            raise ValueError(f"token shard {place} is missing or not the one in the manifest: encode it again")
+        return reader
+
+
+def opened(source: Source, config: DataConfig) -> "Shards | OnlineShards":
+    """Token shards, or raw ones where the recipe names the tokenizers that encode them."""
+    if config.tokenizer is None or config.text is None:
+        return Shards(source)
+    from data.online import OnlineShards
+
+    return OnlineShards(source, config.tokenizer, config.text)
+
+
 class Loader:
     """Rows by number. Errors: ValueError or FileNotFoundError that names a shard, a fingerprint or a document."""
 
-    def __init__(self, config: DataConfig, fingerprint: str | None = None) -> None:
-        """`fingerprint`: that of the tokenizers in use; shards made by others are refused."""
-        manifest = read_manifest(config.shards)
-        if fingerprint is not None and manifest["fingerprint"] != fingerprint:
-            raise ValueError(f"token shards in {config.shards} were encoded under fingerprint {manifest['fingerprint']}, "
-                             f"the tokenizers in use have {fingerprint}: encode the shards again with them")
-        self.config = config
-        self.vocab = Vocab.of(manifest["vocab"])
-        self.row_len = config.row_len
-        self.fingerprint = str(manifest["fingerprint"])
-        listed: dict[str, dict[str, object]] = manifest["shards"]
-        paths = sorted(config.shards / name for name in listed if name.startswith(config.prefix))
-        if not paths:
-            raise FileNotFoundError(f"{config.shards} lists no shard named {config.prefix}*.tar")
-        for path in paths:
-            if not path.is_file() or path.stat().st_size != listed[path.name]["bytes"]:
-                raise ValueError(f"token shard {path} is missing or not the one in the manifest: encode it again")
-        self._maps = [np.memmap(path, np.uint8, "r") for path in paths]
-        self.table = Table.join([read_index(path, self.fingerprint) for path in paths])
-        settings = {k: v for k, v in asdict(config).items() if k != "shards"}
-        name = json.dumps([PLAN_VERSION, self.fingerprint, settings, [listed[p.name]["index"] for p in paths]])
-        self.plan_hash = hashlib.sha256(name.encode()).hexdigest()[:16]
-        self._epochs: list[list[NDArray[np.int64]]] = []  # of each planned epoch: documents of each row
-
-    def __len__(self) -> int:
-        """Documents."""
-        return len(self.table.keys)
-
-    def document(self, number: int) -> TokenDocument:
-        table = self.table
-        first = int(table.offsets[number])
-        return TokenDocument.from_bytes(self._maps[table.shard[number]][first:first + int(table.sizes[number])].data)
+    def __init__(self, config: DataConfig, fingerprint: str | None = None, first_row: Callable[[int], int] = lambda step: step) -> None:
+        """`fingerprint`: that of the tokenizers in use; shards made by others are refused. `first_row` of a step, for mixtures that
+        change at one."""
+        self.config, self.row_len = config, config.row_len
+        self.shards = {source.name: opened(source, config) for stage in config.mixtures for source in stage.sources}
+        first = next(iter(self.shards.values()))
+        self.vocab, self.fingerprint = first.vocab, first.fingerprint
+        for name, shards in self.shards.items():
+            if (wanted := fingerprint or self.fingerprint) != shards.fingerprint:
+                raise ValueError(f"token shards {name} were encoded under fingerprint {shards.fingerprint}, "
+                                 f"{'the tokenizers in use have' if fingerprint else 'other sources of the mixture under'} {wanted}: "
+                                 "encode the shards again")
+        self.plan = Plan(config, {name: shards.plan() for name, shards in self.shards.items()}, first_row)
+        self._by_number = [self.shards[name] for name in self.plan.names]
 
     def row(self, number: int) -> Row:
         """Row `number`, 0 …, of the endless list."""
-        epoch = 0
-        while number >= len(self._rows(epoch)):
-            number -= len(self._rows(epoch))
-            epoch += 1
-        members = self._rows(epoch)[number]
-        return assemble([self.sequence(int(i), epoch) for i in members],
-                        tuple(str(self.table.keys[i]) for i in members), self.row_len, self.vocab.pad)
+        block, members = self.plan.row(number)
+        sequences, keys = list[TokenSequence](), list[str]()
+        placed = list(block.members(members))
+        for doc, (place, choice, begin, end) in zip(self.documents([place for place, *_ in placed]), placed, strict=True):
+            whole = self.sequence(doc, place, choice)
+            sequences.append(whole if end - begin == len(whole.ids) else whole[begin:end])
+            keys.append(self.key(place))
+        return assemble(sequences, tuple(keys), self.row_len, self.vocab.pad)
 
-    def _rows(self, epoch: int) -> list[NDArray[np.int64]]:
-        while len(self._epochs) <= epoch:
-            number = len(self._epochs)
-            order = np.random.default_rng((self.config.seed, number)).permutation(len(self))
-            lengths = self.table.sequence_lengths(self.config, number)[order]
-            try:
-                rows = pack(lengths.tolist(), self.row_len, self.config.window)
-            except ValueError as error:
-                worst = self.table.keys[order[int(lengths.argmax())]]
-                raise ValueError(f"sample {worst}: {error}") from error
-            self._epochs.append([order[row] for row in rows])
-        return self._epochs[epoch]
+    def state(self, consumed_rows: int) -> dict[str, Any]:
+        """What a run saves that has consumed so many rows: the name of what decided them, and where planning goes on."""
+        return self.plan.state(consumed_rows)
 
-    def sequence(self, number: int, epoch: int) -> TokenSequence:
-        """Document `number` as it is trained on in `epoch`."""
-        table, config = self.table, self.config
-        doc, one = self.document(number), table.key_hash[number:number + 1]
-        task = int(table.tasks(config, epoch, number)[0])
-        if task == docs.INTERLEAVED:
-            return docs.interleaved(doc, self.vocab)
-        if task == docs.DRAW:
-            dropped = uniform(config.seed, one, epoch, SALT_DROP)[0] < config.drop_text
-            prompts = [i for i, kind in enumerate(doc.kinds) if kind in (TEXT, CAPTION)]
-            choice = int(uniform(config.seed, one, epoch, SALT_CAPTION)[0] * len(prompts))
-            return docs.draw(doc, None if dropped else prompts[choice], self.vocab)
-        count = doc.kinds.count(QUESTION)
-        order = np.argsort([uniform(config.seed, one, epoch, SALT_QUESTION + i)[0] for i in range(count)])
-        first = count == 0 or uniform(config.seed, one, epoch, SALT_FIRST)[0] < config.describe_first
-        return docs.describe(doc, order.tolist(), bool(first), self.vocab)
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Errors: ValueError where the rows that were consumed would be others now."""
+        self.plan.resume(state)
 
+    def key(self, place: Place) -> str:
+        return self.plan.table(*place[:3]).keys[place.number].decode(errors="replace")
 
-@dataclass(frozen=True)
-class Table:
-    """The indexes of all shards, joined; what each document is and how long its parts are."""
+    def documents(self, places: Sequence[Place]) -> list[TokenDocument]:
+        """Read together: in a store, at the same time."""
+        ranges, tables = list[tuple[store.Reader, int, int]](), list[Table]()
+        for place in places:
+            table, number = self.plan.table(*place[:3]), place.number
+            shard = self.plan.orders[place.source].group(place.epoch, place.group).shards[table.shard[number]]
+            reader = self._by_number[place.source].payload(shard)
+            ranges.append((reader, int(table.offsets[number]), int(table.sizes[number])))
+            tables.append(table)
+        return [self._checked(content, table, place.number, reader.place) for content, table, place, (reader, _, _) in
+                zip(store.gather(ranges), tables, places, ranges, strict=True)]
 
-    keys: NDArray[np.str_]
-    shard: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    first_part: NDArray[np.int64]
-    kinds: NDArray[np.int8]
-    lengths: NDArray[np.int32]
-    key_hash: NDArray[np.uint64]
-    is_pair: NDArray[np.bool_]
-    """One picture with a text: may be drawn or described. Everything else is read in order."""
+    def _checked(self, content: bytes | memoryview, table: Table, number: int, shard: str) -> TokenDocument:
+        parts = slice(int(table.first_part[number]), int(table.first_part[number + 1]))
+        try:
+            doc = TokenDocument.from_bytes(content)
+        except ValueError:
+            doc = None
+        if doc is None or doc.kinds != tuple(table.kinds[parts].tolist()) or doc.lengths != tuple(table.lengths[parts].tolist()):
+            raise ValueError(f"sample {table.keys[number].decode(errors='replace')} of token shard {shard} is not what its index says: "
+                             "the shard changed. Encode it again")
+        return doc
 
-    @classmethod
-    def join(cls, indexes: list[Index]) -> "Table":
-        starts = np.cumsum([0] + [len(index.kinds) for index in indexes])
-        first_part = np.concatenate([index.first_part[:-1] + start for index, start in zip(indexes, starts, strict=False)]
-                                    + [starts[-1:]])
-        keys = np.concatenate([index.keys for index in indexes])
-        kinds = np.concatenate([index.kinds for index in indexes])
-        digests = b"".join(hashlib.blake2b(str(key).encode(), digest_size=8).digest() for key in keys)
-        count = lambda kind: np.add.reduceat((kinds == kind).astype(np.int64), first_part[:-1])  # noqa: E731
-        return cls(keys=keys, shard=np.repeat(np.arange(len(indexes), dtype=np.int32), [len(i.keys) for i in indexes]),
-                   offsets=np.concatenate([index.offsets for index in indexes]),
-                   sizes=np.concatenate([index.sizes for index in indexes]), first_part=first_part, kinds=kinds,
-                   lengths=np.concatenate([index.lengths for index in indexes]),
-                   key_hash=np.frombuffer(digests, "<u8"), is_pair=(count(IMAGE) == 1) & (count(TEXT) == 1))
-
-    def tasks(self, config: DataConfig, epoch: int, number: int | None = None) -> NDArray[np.int64]:
-        """What each document (or one) is trained as in an epoch."""
-        which = slice(None) if number is None else slice(number, number + 1)
-        drawn = uniform(config.seed, self.key_hash[which], epoch, SALT_TASK) < config.draw_ratio
-        return np.where(self.is_pair[which], np.where(drawn, docs.DRAW, docs.DESCRIBE), docs.INTERLEAVED)
-
-    def sequence_lengths(self, config: DataConfig, epoch: int) -> NDArray[np.int64]:
-        """Tokens of each document's sequence in an epoch, from the index alone."""
-        total = lambda *kinds: np.add.reduceat(np.where(np.isin(self.kinds, kinds), self.lengths, 0),  # noqa: E731
-                                               self.first_part[:-1])
-        count = lambda *kinds: np.add.reduceat(np.isin(self.kinds, kinds).astype(np.int64),  # noqa: E731
-                                               self.first_part[:-1])
-        pictures = total(IMAGE) + count(IMAGE) * docs.image_length(0)
-        tasks = self.tasks(config, epoch)
-        dropped = uniform(config.seed, self.key_hash, epoch, SALT_DROP) < config.drop_text
-        prompts = count(TEXT, CAPTION)
-        choice = (uniform(config.seed, self.key_hash, epoch, SALT_CAPTION) * prompts).astype(np.int64)
-        prompt = np.isin(self.kinds, (TEXT, CAPTION))
-        first = np.concatenate([[0], np.cumsum(prompts)[:-1]])
-        prompt_lengths = np.append(self.lengths[prompt], 0)
-        chosen = prompt_lengths[np.minimum(first + choice, len(prompt_lengths) - 1)]
-        drawn = 2 + np.where(dropped, 0, chosen) + pictures
-        first = (count(QUESTION) == 0) | (uniform(config.seed, self.key_hash, epoch, SALT_FIRST) < config.describe_first)
-        described = 2 + pictures + total(TEXT, QUESTION, ANSWER) + 2 * (count(QUESTION) + ~first)
-        read = 2 + pictures + total(TEXT)
-        return np.select([tasks == docs.DRAW, tasks == docs.DESCRIBE], [drawn, described], read).astype(np.int64)
+    def sequence(self, doc: TokenDocument, place: Place, choice: Choice) -> TokenSequence:
+        """A document as it is trained on."""
+        vocab, given = self.vocab, self.config.given_weight
+        if choice.task == INTERLEAVED:
+            return sequence.interleaved(doc, vocab)
+        if choice.task == CHAT:
+            return sequence.chat(doc, vocab)
+        if choice.task == DRAW:
+            return sequence.draw(doc, None if choice.prompt < 0 else choice.prompt, vocab, given)
+        key_hash = self.plan.table(*place[:3]).key_hash[place.number]
+        order = question_order(self.config.seed, key_hash, place.epoch, doc.kinds.count(QUESTION))
+        return sequence.describe(doc, order, choice.text_first, vocab, given)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import shards
-from data.convert import PICTURES
+from data.formats.piece import PICTURES
 
 
 class Picture(NamedTuple):

@@ -6,30 +6,38 @@ A *sample* is the tar members that share a key: `KEY.json` and the picture files
     KEY.0.png
 
 `texts` and `images` are parallel lists, one of the two null at each place: the layout of OBELICS (Laurençon et al. 2023,
-arXiv:2306.16527) and of Energon's interleaved samples. Everything else is optional. The spec is in README.md.
+arXiv:2306.16527) and of Energon's interleaved samples. Everything else is optional; a conversation has `roles` beside them. The spec is
+in README.md.
 """
 
-import io
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
-from data import tar
-from data.document import Document
+from data import store, tar
+from data.document import Document, check_roles
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that are about a shard, not in it."""
 
 
-def sample_of(document: Document, extension: str = "png") -> dict[str, object]:
-    """Document → webdataset sample."""
+MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg"}
+
+
+def extension_of(file: bytes) -> str | None:
+    """What the bytes say they are, whatever the file was called; None for what raw shards do not hold."""
+    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
+        return "webp"
+    return next((extension for magic, extension in MAGIC.items() if file.startswith(magic)), None)
+
+
+def sample_of(document: Document) -> dict[str, object]:
+    """Document → webdataset sample; pictures are called what their bytes are."""
     if "." in document.key or "/" in document.key:
         raise ValueError(f"sample key {document.key!r} holds a dot or a slash, which ends a key in a tar")
     texts = [part if isinstance(part, str) else None for part in document.parts]
-    names = [None if isinstance(part, str) else f"{i}.{extension}" for i, part in enumerate(document.parts)]
+    names = [None if isinstance(part, str) else f"{i}.{extension_of(part) or 'png'}" for i, part in enumerate(document.parts)]
     record: dict[str, object] = {"texts": texts, "images": names}
     if document.captions:
         record["captions"] = document.captions
@@ -37,6 +45,8 @@ def sample_of(document: Document, extension: str = "png") -> dict[str, object]:
         record["questions"] = document.questions
     if document.meta:
         record["meta"] = document.meta
+    if document.roles:
+        record["roles"] = document.roles
     sample: dict[str, object] = {"__key__": document.key, "json": json.dumps(record, ensure_ascii=False).encode()}
     for name, part in zip(names, document.parts, strict=True):
         if name is not None:
@@ -61,8 +71,11 @@ def document_of(sample: dict[str, bytes | str]) -> Document:
             if text is None and name not in sample:
                 raise ValueError(f"it names picture {name}, which the tar does not hold")
             parts.append(_said(text) if text is not None else sample[name])
-        return Document(key, tuple(parts), tuple(_said(words) for words in record.get("captions", ())),
-                        tuple((_said(q), _said(a)) for q, a in record.get("questions", ())), record.get("meta", {}))
+        document = Document(key, tuple(parts), tuple(_said(words) for words in record.get("captions", ())),
+                            tuple((_said(q), _said(a)) for q, a in record.get("questions", ())), record.get("meta", {}),
+                            tuple(record.get("roles", ())))
+        check_roles(document)
+        return document
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no document: {key}.json: {error if type(error) is ValueError else repr(error)}") from error
 
@@ -76,8 +89,7 @@ def _said(words: object) -> str:
     return words
 
 
-def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: int = 4096,
-          extension: str = "png") -> list[Path]:
+def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: int = 4096) -> list[Path]:
     """Write documents as `PREFIX-000000.tar`, …; each shard appears whole or not at all. → paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -85,7 +97,7 @@ def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: i
 
     def flush() -> None:
         path = folder / f"{prefix}-{len(paths):06d}.tar"
-        write_tar(path, (sample_of(document, extension) for document in batch))
+        write_tar(path, map(sample_of, batch))
         paths.append(path)
         batch.clear()
 
@@ -125,31 +137,18 @@ def read(path: Path) -> Iterator[Document]:
 
 
 def samples(path: Path) -> Iterator[dict[str, bytes | str]]:
-    """Webdataset samples of one tar, undecoded. Errors: ValueError that names a shard that is damaged."""
-    if not path.is_file():
+    """Webdataset samples of one tar, undecoded. Errors: ValueError that names a shard that is damaged; OSError for a store that fails."""
+    if store.url(path) is None and not path.is_file():
         raise FileNotFoundError(f"shard {path} does not exist")
     whole = 0
-    try:
-        for sample in _grouped(_files(path)):
-            yield sample
-            whole += 1
-    except (ValueError, OSError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"shard {path} is truncated or no tar, after {whole} whole samples: {error}. "
-                         "Write it again, or remove it") from error
-
-
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files in a tar."""
     with tar.opened(path) as content:
-        members = tar.members(content)
-        if members is not None:
-            yield from ((m.name, content[m.first:m.first + m.size]) for m in members)
-            return
-    with path.open("rb") as stream:
-        if not _ends_as_tar(stream):
-            raise ValueError("the two empty blocks that end a tar are missing")
-        with tarfile.open(fileobj=stream) as other:
-            yield from ((m.name, file.read()) for m in other if m.isreg() and (file := other.extractfile(m)))
+        try:
+            for sample in _grouped((m.name, content[m.first:m.first + m.size]) for m in tar.members(content)):
+                yield sample
+                whole += 1
+        except (ValueError, OSError) as error:
+            raise ValueError(f"shard {path} is truncated or no tar, after {whole} whole samples: {error}. "
+                             "Write it again, or remove it") from error
 
 
 def _grouped(files: Iterable[tuple[str, bytes]]) -> Iterator[dict[str, bytes | str]]:
@@ -173,23 +172,14 @@ def _grouped(files: Iterable[tuple[str, bytes]]) -> Iterator[dict[str, bytes | s
         yield sample
 
 
-def _ends_as_tar(stream: BinaryIO) -> bool:
-    """tarfile takes a tar cut between two members for a whole one."""
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(max(0, size - 1024))
-    tail = stream.read()
-    stream.seek(0)
-    return len(tail) == 1024 and not any(tail)
-
-
 def find(folder: Path, prefix: str = "") -> list[Path]:
-    """The shards of a folder, sorted. Errors: FileNotFoundError for a missing or empty folder."""
-    if not folder.is_dir():
+    """The shards of a folder, or below a URL, sorted. Errors: FileNotFoundError for a missing or empty folder."""
+    if store.url(folder) is None and not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: name one that holds {prefix or '*'}-000000.tar, …")
-    paths = sorted(folder.glob(f"{prefix}*.tar"))
-    if not paths:
+    names = [name for name in store.names(folder) if name.startswith(prefix) and name.endswith(".tar")]
+    if not names:
         raise FileNotFoundError(f"{folder} holds no shard named {prefix}*.tar")
-    return paths
+    return [folder / name for name in names]
 
 
 def read_all(paths: Iterable[Path]) -> Iterator[Document]:

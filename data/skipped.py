@@ -36,7 +36,11 @@ class Skipped:
 
     @classmethod
     def of_json(cls, text: str) -> "Skipped":
-        found: dict[str, tuple[int, str]] = json.loads(text)
+        """Errors: ValueError for what `to_json` did not write."""
+        try:
+            found = {str(cause): (int(count), str(name)) for cause, (count, name) in json.loads(text).items()}
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"what was left out is said as {text[:80]!r}, not as causes with counts") from error
         return cls(Counter({cause: count for cause, (count, _) in found.items()}), {cause: name for cause, (_, name) in found.items()})
 
     @classmethod

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import add
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data import shards
-from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, Document, TokenDocument, texts_of
+from data.document import ANSWER, CAPTION, IMAGE, QUESTION, ROLE, ROLES, TEXT, Document, TokenDocument, texts_of
 from data.images import ANY, Limits, Size, fitted, to_array, to_tensor
 from data.index import write_index
 from data.skipped import Skipped
@@ -43,7 +44,7 @@ class ImageEncoder(Protocol):
     def image_size(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
-    def encode(self, images: Tensor) -> Tensor: ...
+    def encode(self, images: Tensor, scale: int = 1) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Encoding:
     """Share of a shard's documents that may be left out, rounded up to whole documents."""
     limits: Limits = ANY
     """Pictures that are refused."""
+    scale: int = 1
+    """Of the tokenizer's scales, the one whose codes are written."""
 
 
 class Coded(NamedTuple):
@@ -97,6 +100,7 @@ def token_document(document: Document, said: Said, pictures: Iterable[Coded]) ->
     lengths, coded = iter(said.lengths), iter(pictures)
     kinds = [TEXT if isinstance(part, str) else IMAGE for part in document.parts]
     kinds += [CAPTION] * len(document.captions) + [QUESTION, ANSWER] * len(document.questions)
+    spoken = [ROLE * (1 + ROLES.index(role)) for role in document.roles] or [0] * len(kinds)
     grids: list[tuple[int, int]] = []
     sizes: list[int] = []
     pieces: list[NDArray[np.integer]] = []
@@ -113,7 +117,8 @@ def token_document(document: Document, said: Said, pictures: Iterable[Coded]) ->
             sizes.append(next(lengths))
             end += sizes[-1]
     pieces.append(said.ids[first:])
-    return TokenDocument(tuple(kinds), tuple(grids), tuple(sizes), np.concatenate(pieces, dtype=np.int32, casting="same_kind"))
+    ids = np.concatenate(pieces, dtype=np.int32, casting="same_kind")
+    return TokenDocument(tuple(map(add, kinds, spoken)), tuple(grids), tuple(sizes), ids)
 
 
 def said_in(documents: Sequence[Document], text: TextTokenizer) -> list[Said]:
@@ -144,7 +149,7 @@ def read(source: Path, sizes: Sequence[Size], text: TextTokenizer, how: Encoding
             skipped.refuse(error, str(sample["__key__"]))
             continue
         parts = tuple(part if isinstance(part, str) else b"" for part in document.parts)
-        documents.append(Document(document.key, parts, document.captions, document.questions))
+        documents.append(Document(document.key, parts, document.captions, document.questions, {}, document.roles))
         for picture in decoded:
             same = waiting[picture.shape[0], picture.shape[1]]
             same.append((pictures, picture))
@@ -196,7 +201,7 @@ def encode_shards(work: Sequence[tuple[Path, Path]], visual: ImageEncoder, text:
         writing: Future[None] | None = None
         for item in items:
             if isinstance(item, Batch):
-                codes = visual.encode(to_tensor(item.pictures, device)).cpu().numpy()  # [b, M, h, w]
+                codes = visual.encode(to_tensor(item.pictures, device), how.scale).cpu().numpy()  # [b, M, h, w]
                 grid = int(codes.shape[2]), int(codes.shape[3])
                 vocab.grid(*grid)  # there must be a token for it
                 coded.update(zip(item.places, (Coded(grid, ids) for ids in vocab.image_ids(codes)), strict=True))

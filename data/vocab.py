@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-PLAIN_CONTROL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<user>", "<assistant>")
+PLAIN_CONTROL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<user>", "<assistant>", "<system>")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Vocab:
     @property
     def assistant(self) -> int:
         return self.text_size + 6
+
+    @property
+    def system(self) -> int:
+        return self.text_size + 7
 
     def grid(self, h: int, w: int) -> int:
         """Id of the control token that announces an h × w picture."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmllm.launch import DEBUG_VARIABLE, USER_ERROR, RankFailed
 from mmllm.progress import say
-from mmllm.verbs import data, model, tokenizer
+from mmllm.verbs import convert, curate, data, model, store, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
@@ -90,7 +90,7 @@ def tokenizer_train(words: list[str]) -> None:
     say(f"visual tokenizer: {main(_with_recipe(words, 'tokenizer train', TrainVisual))}")
 
 
-VERBS = {**data.VERBS, **tokenizer.VERBS, **model.VERBS}
+VERBS = {**data.VERBS, **convert.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft}
 
@@ -140,11 +140,11 @@ def main() -> None:
         os.environ[DEBUG_VARIABLE] = "1"
     try:
         run(words)
-    except (ValueError, FileNotFoundError, RankFailed) as error:
+    except (ValueError, OSError, RankFailed) as error:
         if debug:
             raise
         print(f"mmllm: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RankFailed) else USER_ERROR) from error
+        raise SystemExit(USER_ERROR if isinstance(error, ValueError | FileNotFoundError) else 1) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

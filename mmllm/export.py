@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from data.config import DataConfig
 from data.encode import fingerprint
-from data.loader import DataConfig, Loader
+from data.loader import Loader
 from mmllm import hf, weights
 from tokenizer.text import TextTokenizer
 

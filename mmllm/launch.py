@@ -30,9 +30,14 @@ PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when its parent dies."""
 USER_ERROR = 2
 """Exit code of a run that was refused: ValueError or FileNotFoundError, one line."""
+HUNG = 70
+"""Exit code of a rank that found itself hanging."""
 DEBUG_VARIABLE = "MMLLM_DEBUG"
 """Set to show tracebacks of refused runs too."""
-
+WORDS_VARIABLE = "MMLLM_LAST_WORDS"
+"""File for the words of the first rank that fails."""
+FORESEEN = (ValueError, OSError, FloatingPointError)
+"""What can go wrong in a run that is right: the line says it all, a traceback would hide it."""
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """A rank that waits longer for another takes it for dead."""
@@ -85,7 +90,7 @@ def launch(function: str, argument: Any, ranks: int) -> None:
                        **os.environ}
         process = subprocess.Popen([sys.executable, "-m", "mmllm.launch", function, str(order), str(ranks), str(words),
                                     str(os.getpid())], env=environment)
-        with pass_on(signal.SIGTERM, process):
+        with pass_on(signal.SIGTERM, process), pass_on(signal.SIGUSR1, process):
             try:
                 code = process.wait()
             except KeyboardInterrupt:
@@ -129,11 +134,19 @@ def run_rank(function: Callable[[Any], None], argument: Any, rank: int, words: P
         write_once(words, str(error))
         return USER_ERROR
     except BaseException as error:
-        if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        # where another rank failed before, this one did because of it
+        foreseen = isinstance(error, (KeyboardInterrupt, SystemExit, *FORESEEN)) or words.exists()
+        if not foreseen or DEBUG_VARIABLE in os.environ:
             traceback.print_exc()
         write_once(words, f"rank {rank}: {type(error).__name__}: {error}")
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     return 0
+
+
+def last_words(text: str) -> None:
+    """From a rank that ends itself."""
+    if WORDS_VARIABLE in os.environ:
+        write_once(Path(os.environ[WORDS_VARIABLE]), text)
 
 
 def write_once(path: Path, text: str) -> None:
@@ -153,7 +166,7 @@ def main(name: str, order: Path, ranks: int, words: Path, parent: int) -> int:
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(listener.getsockname()[1]), WORLD_SIZE=str(ranks),
-                      MMLLM_LISTEN_FD=str(listener.fileno()))
+                      MMLLM_LISTEN_FD=str(listener.fileno()), **{WORDS_VARIABLE: str(words)})
     gc.freeze()  # what was imported stays shared between the ranks instead of being copied as they count references
     me, children = os.getpid(), dict[int, int]()
     for rank in range(ranks):
@@ -168,7 +181,8 @@ def main(name: str, order: Path, ranks: int, words: Path, parent: int) -> int:
             # no atexit: what the ranks share is the parent's
             os._exit(code)
         children[pid] = rank
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in children])
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: [os.kill(pid, number) for pid in children])
     # the terminal sends it to the ranks as well
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return wait(children, words)
@@ -183,9 +197,9 @@ def wait(children: dict[int, int], words: Path) -> int:
         if code == 0 or failed:
             continue
         failed = code if code > 0 else 1
-        if code < 0:
-            write_once(words, f"rank {rank} was killed by {signal.Signals(-code).name}")
-        time.sleep(0.2)                                                        # let the others say what they saw
+        write_once(words, f"rank {rank} was killed by {signal.Signals(-code).name}" if code < 0 else
+                   f"rank {rank} ended with exit code {code} and no word")
+        time.sleep(2.0 if code == HUNG else 0.2)                               # let the others say what they saw
         for other in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(other, signal.SIGKILL)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from data import scene_shards, shards
 from data.document import texts_of
-from data.encode import encode, fingerprint
+from data.encode import encode, fingerprint, vocab_of
 from data.vocab import Vocab
 from mmllm.runs.tokenizer_recipe import Stage, TrainTokenizer, TrainVisual
 from mmllm.runs.train_teacher import TeacherTraining
@@ -47,7 +47,7 @@ def small_world() -> SmallWorld:
     text.save(folder / "text.model")
     train(TrainVisual(raw=raw, text=folder / "text.model", out=folder / "visual_tokenizer", training=RECIPE))
     teacher, visual = Teacher.load(folder / "teacher.safetensors"), VisualTokenizer.load(folder / "visual_tokenizer")
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
+    vocab = vocab_of(visual, text)
     encode(shards.find(raw), folder / "tokens", visual, text, vocab)
     return SmallWorld(raw, folder / "tokens", text, folder / "text.model", teacher, visual, folder / "visual_tokenizer", vocab,
                       fingerprint(visual.fingerprint, text.fingerprint, vocab))

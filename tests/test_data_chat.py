@@ -5,7 +5,7 @@ import pytest
 import tiny_model
 
 from data import chat
-from data.loader import DataConfig
+from data.config import DataConfig
 
 VOCAB, TEXT = tiny_model.vocabulary(), tiny_model.text_tokenizer()
 CODES = np.arange(18).reshape(2, 3, 3)
@@ -40,7 +40,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_it_asks_for() -> None:
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user", "assistant"], ["user", "system", "assistant"],
-                                   ["user"], []])
+                                   ["system", "assistant"], ["user"], []])
 def test_turns_that_do_not_alternate_from_the_user_to_the_assistant_are_refused(roles: list[str]) -> None:
     with pytest.raises(ValueError, match="turn"):
         chat.conversation([{"role": role, "content": "a red star"} for role in roles], VOCAB, TEXT.encode)
@@ -72,13 +72,19 @@ def test_a_row_depends_on_its_number_alone(loader: chat.ChatLoader) -> None:
         assert one.keys == other.keys
 
 
-def test_an_epoch_of_rows_holds_every_document_once(loader: chat.ChatLoader) -> None:
-    keys = list[str]()
-    for number in range(100):
-        keys += loader.row(number).keys
-        if len(keys) >= 60:
-            break
-    assert sorted(keys) == sorted(f"{i:06d}" for i in range(60))
+def test_a_block_of_rows_holds_every_document_once_an_epoch(loader: chat.ChatLoader) -> None:
+    block = loader._packed(0)
+    keys = [(loader.loader.key(block[0][i]), block[0][i].epoch) for row in block[1] for i in row]
+    assert len(keys) == len(set(keys)) == chat.BLOCK and {key for key, epoch in keys if epoch == 0} == {f"{i:06d}" for i in range(60)}
+
+
+def test_rows_go_on_from_a_saved_state(loader: chat.ChatLoader) -> None:
+    again, state = chat.ChatLoader(loader.config, TEXT.encode), loader.state(200)
+    again.resume(state)
+    for number in (200, 230, 3):
+        assert again.row(number).keys == loader.row(number).keys
+    with pytest.raises(ValueError, match="data order"):
+        again.resume({**state, "plan_hash": "0"})
 
 
 def test_rows_hold_drawing_describing_and_asking(loader: chat.ChatLoader) -> None:
@@ -100,8 +106,9 @@ def test_rows_hold_drawing_describing_and_asking(loader: chat.ChatLoader) -> Non
 
 def test_conversations_go_on_after_a_drawing_and_with_a_second_picture(loader: chat.ChatLoader) -> None:
     asked_after, two = 0, 0
-    for number in range(60):
-        ids = loader.sequence(number, 0).ids.tolist()
+    pairs, _ = loader._packed(0)
+    for place in pairs[:60]:
+        ids = loader.sequence(place, pairs).ids.tolist()
         asked_after += ids.count(VOCAB.boi) == 1 and ids[1:3] != [VOCAB.user, VOCAB.boi] and VOCAB.user in ids[ids.index(VOCAB.eoi):]
         two += ids.count(VOCAB.boi) == 2
         turns = [i for i in ids if i in (VOCAB.user, VOCAB.assistant)]

@@ -9,27 +9,43 @@ import pytest
 from small_world import small_world
 
 from data import shards
+from data.choices import Choice, choose
+from data.config import DataConfig
 from data.document import IMAGE, TEXT
 from data.index import index_path, read_index
-from data.loader import DataConfig, Loader
+from data.loader import Loader
+from data.plan import Place
 
 CONFIG = DataConfig(shards=Path(), row_len=512, seed=3)
 
 
 def loader(**changes: object) -> Loader:
-    return Loader(dataclasses.replace(CONFIG, shards=small_world().tokens, **changes))  # type: ignore[arg-type]
+    return Loader(dataclasses.replace(CONFIG, **{"shards": small_world().tokens, **changes}))  # type: ignore[arg-type]
 
 
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_world().tokens, tmp_path / "tokens"))
 
 
+def places(rows: Loader, epoch: int = 0) -> list[Place]:
+    """Every document of an epoch."""
+    size = rows.plan.orders[0].size
+    return [Place(0, e, group, number) for e, group, numbers in rows.plan.orders[0].places(epoch * size, (epoch + 1) * size)
+            for number in numbers.tolist()]
+
+
+def chosen(rows: Loader, place: Place) -> tuple[Choice, int]:
+    """What it is in its epoch, and how long."""
+    found = choose(rows.plan.table(*place[:3]), np.array([place.number]), place.epoch, rows.config)
+    return Choice(int(found.task[0]), int(found.prompt[0]), bool(found.text_first[0])), int(found.length[0])
+
+
 def test_a_token_document_says_what_the_raw_one_says() -> None:
     world, rows = small_world(), loader()
     raw = {d.key: d for d in shards.read_all(shards.find(world.raw, "train-"))}
-    for number in range(len(rows)):
-        document = raw[str(rows.table.keys[number])]
-        tokens = rows.document(number)
+    for place in places(rows):
+        document = raw[rows.key(place)]
+        tokens, = rows.documents([place])
         texts = [world.text.decode(tokens.part(i).tolist()) for i, kind in enumerate(tokens.kinds) if kind != IMAGE]
         said = [p for p in document.parts if isinstance(p, str)] + [*document.captions] + [w for q in document.questions for w in q]
         assert texts == said
@@ -40,15 +56,18 @@ def test_a_token_document_says_what_the_raw_one_says() -> None:
 
 def test_every_document_is_in_exactly_one_row_of_an_epoch() -> None:
     rows = loader()
-    keys = [key for n in range(len(rows._rows(0))) for key in rows.row(n).keys]
-    assert sorted(keys) == sorted(map(str, rows.table.keys)) and len(keys) == 96
+    block, _ = rows.plan.row(0)  # of many epochs
+    assert len(block.order) == rows.config.block_len and sorted(block.order.tolist()) == list(range(len(block.order)))
+    keys = [rows.key(place) for place, *_ in block.members(np.arange(96))]
+    assert sorted(keys) == sorted(rows.key(place) for place in places(rows)) and len(set(keys)) == 96
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_the_index_alone_gives_the_length_of_every_sequence(epoch: int) -> None:
     rows = loader()
-    lengths = rows.table.sequence_lengths(rows.config, epoch)
-    assert [len(rows.sequence(i, epoch).ids) for i in range(len(rows))] == lengths.tolist()
+    for place in places(rows, epoch):
+        choice, length = chosen(rows, place)
+        assert len(rows.sequence(*rows.documents([place]), place, choice).ids) == length
 
 
 def test_a_row_is_the_same_whoever_asks_and_in_whatever_order() -> None:
@@ -57,7 +76,7 @@ def test_a_row_is_the_same_whoever_asks_and_in_whatever_order() -> None:
     for n in (40, 0, 17):
         x, y = a.row(n), b.row(n) if n != 40 else later
         assert all(np.array_equal(getattr(x, f), getattr(y, f)) for f in ("tokens", "labels", "loss_weight", "cu_seqlens"))
-    assert a.plan_hash == b.plan_hash
+    assert a.plan.hash() == b.plan.hash()
 
 
 def test_labels_are_the_next_tokens_of_the_same_document() -> None:
@@ -72,20 +91,22 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
 
 def test_epochs_differ_in_order_and_in_choices() -> None:
     rows = loader()
-    assert rows._rows(0)[0].tolist() != rows._rows(1)[0].tolist()
-    assert any(len(rows.sequence(i, 0).ids) != len(rows.sequence(i, 1).ids) for i in range(20))
+    first, second = places(rows, 0), places(rows, 1)
+    assert [p.number for p in first] != [p.number for p in second]
+    assert any(chosen(rows, p) != chosen(rows, p._replace(epoch=1)) for p in first)
 
 
 def test_the_share_of_drawn_and_of_dropped_follows_the_recipe() -> None:
     vocab, rows = small_world().vocab, loader(draw_ratio=0.5, drop_text=0.3)
-    first = [rows.sequence(i, e).ids.tolist() for e in range(12) for i in range(len(rows)) if rows.table.is_pair[i]]
+    first = [rows.sequence(*rows.documents([p]), p, chosen(rows, p)[0]).ids.tolist() for e in range(12) for p in places(rows, e)]
     drawn = [s for s in first if s[-2] == vocab.eoi]
     blank = [s for s in drawn if s[1] == vocab.boi]
     assert abs(len(drawn) / len(first) - 0.5) < 0.06 and abs(len(blank) / len(drawn) - 0.3) < 0.07
 
 
 def test_other_settings_are_another_plan() -> None:
-    assert len({loader().plan_hash, loader(seed=4).plan_hash, loader(row_len=600).plan_hash, loader(drop_text=0.2).plan_hash}) == 4
+    plans = (loader(), loader(seed=4), loader(row_len=600), loader(drop_text=0.2), loader(block_len=64))
+    assert len({one.plan.hash() for one in plans}) == 5
 
 
 def test_shards_of_another_tokenizer_are_refused() -> None:
@@ -99,7 +120,7 @@ def test_a_missing_shard_index_or_manifest_is_named(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, shards=folder)
     index_path(folder / "train-000001.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"train-000001.tar has no index"):
-        Loader(config)
+        Loader(config).row(0)
     (folder / "train-000000.tar").unlink()
     with pytest.raises(ValueError, match=r"train-000000.tar is missing"):
         Loader(config)
@@ -109,7 +130,7 @@ def test_a_missing_shard_index_or_manifest_is_named(tmp_path: Path) -> None:
 
 
 def test_a_document_longer_than_a_row_is_named() -> None:
-    with pytest.raises(ValueError, match=r"sample train-\d+: .*a row holds 64: raise data.row_len"):
+    with pytest.raises(ValueError, match=r"sample train-\d+ of .* tokens, a row holds 64: raise data.row_len"):
         loader(row_len=64).row(0)
 
 
@@ -119,3 +140,13 @@ def test_the_index_points_at_the_samples() -> None:
     assert len(index.keys) == 32 and index.kinds[0] in (TEXT, IMAGE)
     head = np.frombuffer(data[index.offsets[3]:index.offsets[3] + 4], "<i4")[0]
     assert head == index.first_part[4] - index.first_part[3]
+
+
+def test_raw_shards_read_online_have_the_ids_of_encoded_ones() -> None:
+    world = small_world()
+    offline = loader()
+    online = loader(shards=world.raw, tokenizer=world.visual_folder, text=world.text_model)
+    assert online.vocab == offline.vocab and online.fingerprint == offline.fingerprint
+    for number in (0, 3):
+        one, other = online.row(number), offline.row(number)
+        assert one.keys == other.keys and np.array_equal(one.tokens, other.tokens) and np.array_equal(one.loss_weight, other.loss_weight)

@@ -1,4 +1,4 @@
-"""Raw shards hold documents whole; what is damaged is named; what people bring is converted or refused with a reason."""
+"""Raw shards hold documents whole; what is damaged is named."""
 
 import io
 import json
@@ -10,7 +10,6 @@ import pytest
 import webdataset as wds
 
 from data import scene_shards, shards
-from data.convert import convert
 from data.document import Document
 from data.images import to_png
 from data.scenes import World
@@ -80,54 +79,6 @@ def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_key_with_a_dot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'a.b' holds a dot"):
         shards.write([Document("a.b", ("x",))], tmp_path, "t")
-
-
-# What people bring ------------------------------------------------------------------------------------------------
-
-def folder_of_pairs(folder: Path, count: int = 60) -> Path:
-    folder.mkdir()
-    for i in range(count):
-        (folder / f"p{i:02d}.png").write_bytes(png(i))
-        (folder / f"p{i:02d}.txt").write_text(f"picture {i}\n")
-    return folder
-
-
-def test_a_folder_of_pairs_is_split_and_kept_whole(tmp_path: Path) -> None:
-    train, held, skipped = convert(folder_of_pairs(tmp_path / "in"), tmp_path / "out", size=8, held=0.2)
-    assert train + held == 60 and held > 3 and not skipped.causes
-    documents = list(shards.read_all(shards.find(tmp_path / "out")))
-    assert sorted(str(d.parts[1]) for d in documents) == sorted(f"picture {i}" for i in range(60))
-
-
-def test_img2dataset_shards_are_read(tmp_path: Path) -> None:
-    with wds.TarWriter(str(tmp_path / "00000.tar")) as tar:
-        for i in range(40):
-            tar.write({"__key__": f"{i:09d}", "jpg": png(i), "txt": f"caption {i}", "json": {"caption": f"caption {i}"}})
-    train, held, _ = convert(tmp_path, tmp_path / "out", size=8, held=0.2)
-    assert train + held == 40
-
-
-def test_bad_pairs_are_counted_by_cause_and_the_first_is_named(tmp_path: Path) -> None:
-    source = folder_of_pairs(tmp_path / "in")
-    (source / "p07.png").write_bytes(b"junk")
-    (source / "p08.txt").unlink()
-    (source / "p09.png").unlink()
-    train, held, skipped = convert(source, tmp_path / "out", size=8, held=0.2, max_bad=0.1)
-    assert train + held == 57 and skipped.causes.total() == 3
-    assert skipped.first["picture without a caption"] == "p08" and skipped.first["caption without a picture"] == "p09"
-
-
-def test_past_the_budget_nothing_is_written(tmp_path: Path) -> None:
-    source = folder_of_pairs(tmp_path / "in", 20)
-    (source / "p01.png").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"1 of 20 samples are bad.*max_bad.*nothing was written"):
-        convert(source, tmp_path / "out", size=8, max_bad=0.01)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no picture"):
-        convert(tmp_path, tmp_path / "out", size=8)
 
 
 # Scenes -----------------------------------------------------------------------------------------------------------

@@ -57,21 +57,47 @@ def test_any_tar_reads_as_webdataset_reads_it(tmp_path: Path, kind: int, longest
     assert list(shards.samples(tmp_path / "x.tar")) == theirs and len(theirs) >= 9
 
 
-def test_a_plain_tar_is_read_here_and_others_are_not(tmp_path: Path) -> None:
+def test_files_are_found_behind_long_names_and_between_links_and_sparse_ones_are_refused(tmp_path: Path) -> None:
     shards.write_tar(tmp_path / "x.tar", [{"__key__": "a", "txt": b"words"}])
     data = (tmp_path / "x.tar").read_bytes()
     assert tar.members(data) == [tar.Member("a.txt", 512, 5)] and data[512:517] == b"words"
+    assert tar.members(one("long" * 40)) == [tar.Member("long" * 40, 1536, 0)]
+    assert tar.members(one("a", tarfile.SYMTYPE)) == tar.members(one("a", tarfile.LNKTYPE)) == []
+    with pytest.raises(ValueError, match="member a is sparse"):
+        tar.members(one("a", fields={"GNU.sparse.size": "5"}))
+
+
+def one(name: str, kind: bytes = tarfile.REGTYPE, fields: dict[str, str] | None = None) -> bytes:
+    """A tar of one empty member."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as file:
-        file.addfile(tarfile.TarInfo("long" * 40))
-    assert tar.members(out.getvalue()) == [tar.Member("long" * 40, 1536, 0)]
-    for kind, fields in ((tarfile.SYMTYPE, {}), (tarfile.REGTYPE, {"GNU.sparse.size": "5"}), (tarfile.LNKTYPE, {})):
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as file:
-            info = tarfile.TarInfo("a")
-            info.type, info.linkname, info.pax_headers = kind, "b", fields
-            file.addfile(info)
-        assert tar.members(out.getvalue()) is None
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.pax_headers = kind, "b", fields or {}
+        file.addfile(info)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("behind", [0, 1, 4000])
+def test_what_follows_the_end_of_a_tar_is_no_silent_loss(tmp_path: Path, behind: int) -> None:
+    data = one("a") + bytes(512 * behind) + one("b")
+    with pytest.raises(ValueError, match=r"something follows the end of the tar at byte 512: there is more at byte "):
+        tar.members(data)
+    assert [m.name for m in tar.salvaged(data)[0]] == ["a", "b"]
+
+
+def test_behind_a_damaged_header_the_rest_is_salvaged_and_nothing_under_another_name(tmp_path: Path) -> None:
+    shards.write_tar(tmp_path / "x.tar", samples(8))
+    data = (tmp_path / "x.tar").read_bytes()
+    whole = tar.members(data)
+    for number, member in enumerate(whole):
+        at = member.first - 512
+        found, damage = tar.salvaged(data[:at + 126] + b"\x00" + data[at + 127:])
+        assert found == [*whole[:number], *whole[number + 1:]] and damage[0].startswith(f"the header at byte {at:,} is damaged")
+    for member in tar.members(long := one("long" * 40)):
+        assert tar.salvaged(long[:126] + b"\xff" + long[127:])[0] == [] and member.first == 1536
+    for end in range(0, len(data), 700):
+        found, damage = tar.salvaged(data[:end])
+        assert found == [m for m in whole if m.first + m.size <= end] and bool(damage) == (end < whole[-1].first + 1024)
 
 
 def test_a_flipped_bit_in_a_header_is_named(tmp_path: Path) -> None:

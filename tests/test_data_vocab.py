@@ -23,7 +23,8 @@ def test_codes_become_ids_and_come_back(books: int, h: int, w: int, seed: int) -
 
 
 def test_every_id_has_one_meaning_and_a_name_of_its_own() -> None:
-    control = [VOCAB.pad, VOCAB.bos, VOCAB.eos, VOCAB.boi, VOCAB.eoi, VOCAB.user, VOCAB.assistant, VOCAB.grid(2, 3), VOCAB.grid(4, 4)]
+    control = [VOCAB.pad, VOCAB.bos, VOCAB.eos, VOCAB.boi, VOCAB.eoi, VOCAB.user, VOCAB.assistant, VOCAB.system,
+               VOCAB.grid(2, 3), VOCAB.grid(4, 4)]
     assert control == list(range(300, VOCAB.first_image))
     names = [VOCAB.token_name(i) for i in range(300, VOCAB.size)]
     assert len(set(names)) == len(names) and names[:2] == ["<pad>", "<bos>"] and names[-1] == "<image_1_00015>"

@@ -13,6 +13,8 @@ HOMES = {  # library: where it may be imported
     "transformers": ("tokenizer/towers.py", "mmllm/hf.py", "mmllm/runs/sft", "mmllm/evaluate/", "mmllm/generate/", "tools/"),
     "transformer_engine": ("mmllm/megatron/",), "lpips": ("tokenizer/perceptual.py",),
     "torch_fidelity": ("tokenizer/features.py",), "pytesseract": ("tokenizer/legibility.py",),
+    "imagehash": ("data/curate/signatures.py",),
+    "fsspec": ("data/store.py",), "pyarrow": ("data/formats/rows.py",),
 }
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

@@ -17,7 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from data.chat import ChatLoader
-from data.loader import DataConfig, Loader, Row, assemble
+from data.config import DataConfig
+from data.loader import Loader, Row, assemble
+from data.plan import Place
 from mmllm import hf
 from mmllm.generate.engine import Engine
 from mmllm.generate.sample import Sampling
@@ -144,7 +146,7 @@ def test_what_was_learned_by_heart_is_drawn_and_answered(tmp_path: Path, chat: b
                     model_folder / "visual_tokenizer", chat)
     engine, documents = Engine.load(tmp_path / "learned", "cpu"), Loader(config)
     for number in range(4):
-        document, text = documents.document(number), tiny_model.text_tokenizer()
+        document, text = documents.documents([Place(0, 0, 0, number)])[0], tiny_model.text_tokenizer()
         said = [text.decode(document.part(i).tolist()) for i in range(1, 7)]  # text, caption, two questions with answers
         codes = rows.vocab.codes(document.part(0), 3, 3)
         for caption in said[:2]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import DataConfig
+from data.config import DataConfig
 from mmllm.config import Model, Optim, Parallel, Pretrain, recipe_fields
 from mmllm.hf import model_config
 from mmllm.megatron import checkpoint, optim, parallel
@@ -33,7 +33,7 @@ def test_exported_weights_give_the_logits_of_megatron(name: str, tmp_path: Path,
                       data=DataConfig(shards=tmp_path))
     model = optim.wrap(build(recipe, one_rank, vocab_size))
     with torch.no_grad():
-        for parameter in model.parameters():                                    # norms too: all ones would hide a swap
+        for parameter in model[0].parameters():                                    # norms too: all ones would hide a swap
             generator = torch.Generator().manual_seed(parameter.numel())
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     saved = checkpoint.save(tmp_path, 1, model, optim.make(recipe, model),
@@ -49,7 +49,7 @@ def test_exported_weights_give_the_logits_of_megatron(name: str, tmp_path: Path,
     theirs.load_state_dict(tensors)
     tokens = torch.randint(0, vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = model.module(tokens, None, None)[..., :vocab_size]               # [b, s, v]
+        ours = model[0].module(tokens, None, None)[..., :vocab_size]               # [b, s, v]
         expected = theirs(tokens).logits
     assert expected.abs().max() > 1
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.loader import DataConfig, Row
+from data.config import DataConfig
+from data.loader import Row
 from data.vocab import Vocab
 from mmllm.config import Model, Optim, Parallel, Pretrain
 
@@ -23,7 +25,12 @@ class ToyRows:
 
     vocab: Vocab = VOCAB
     row_len: int = 256
-    plan_hash: str = "toy"
+
+    def state(self, consumed_rows: int) -> dict[str, Any]:
+        return {"plan_hash": "toy", "consumed_rows": consumed_rows}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        assert state["plan_hash"] == "toy"
 
     def row(self, number: int) -> Row:
         draw, vocab = np.random.default_rng(number), self.vocab
@@ -61,13 +68,15 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
     recipe, layouts = job
     from mmllm.manifest import newest
     from mmllm.megatron import checkpoint, optim, parallel
-    from mmllm.megatron.batch import micro_batches
+    from mmllm.megatron.batch import micro_batches, row_numbers
     from mmllm.megatron.model import build
     from mmllm.megatron.train import forward_backward, run
+    from mmllm.run import StopOnSignal
     first = next(iter(layouts.values()))
     start = newest(recipe.out / "checkpoints")
     if start is None:
-        run(replace(recipe, steps=4, parallel=first), ToyRows(), parallel.start(first, 0))
+        with StopOnSignal() as stop:
+            run(replace(recipe, steps=4, parallel=first), ToyRows(), parallel.start(first, 0), stop)
         start = recipe.out / "checkpoints" / "step_0000004"
     found: dict[str, dict[str, list[float]]] = {}
     for name, widths in layouts.items():
@@ -80,9 +89,11 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
         found[name] = {}
         for step in range(recipe.steps):
             optim.set_lr(optimizer, step, here)
-            losses = forward_backward(model, micro_batches(ToyRows(), here, layout, step), layout)
+            rows = [ToyRows().row(n) for n in row_numbers(step, here.global_batch, layout.dp_rank, layout.dp)]
+            losses = forward_backward(model, micro_batches(rows, VOCAB, here, layout), layout)
             _, grad_norm, _ = optimizer.step()
-            model.zero_grad_buffer()
+            for chunk in model:
+                chunk.zero_grad_buffer()
             for key, value in {**losses, "grad_norm": float(grad_norm or 0)}.items():
                 found[name].setdefault(key, []).append(value)
         if layout.rank == 0:

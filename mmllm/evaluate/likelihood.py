@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import chat
-from data.document import TokenSequence
+from data.sequence import TokenSequence
 from mmllm.generate.engine import Engine
 
 BATCH = 64

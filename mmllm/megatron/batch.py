@@ -8,9 +8,9 @@ Letters: s tokens in a row, t tokens of a micro-batch (micro_batch rows end to e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 from data.loader import Row
 from data.vocab import Vocab
 from mmllm.config import Pretrain
-from mmllm.megatron.attention import STEP, PackedRow, pack
+from mmllm.megatron.attention import PackedRow
+from mmllm.megatron.buckets import STEP, pack
 from mmllm.megatron.loss import Targets
 from mmllm.megatron.parallel import Layout, data_group
 
@@ -29,11 +30,12 @@ from mmllm.megatron.parallel import Layout, data_group
 class Rows(Protocol):
     """What training asks of a loader."""
 
-    plan_hash: str
     vocab: Vocab
     row_len: int
 
     def row(self, number: int, /) -> Row: ...
+    def state(self, consumed_rows: int, /) -> dict[str, Any]: ...
+    def resume(self, state: Mapping[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,10 @@ def join_borders(rows: Sequence[Row], pad: int, device: torch.device) -> NDArray
     return joined[np.r_[True, np.diff(joined) > 0]].astype(np.int32)
 
 
-def micro_batches(loader: Rows, recipe: Pretrain, layout: Layout, step: int) -> list[MicroBatch]:
-    """Everything this rank computes in one step; the loss weights already divided by the whole global batch's
+def micro_batches(rows: Sequence[Row], vocab: Vocab, recipe: Pretrain, layout: Layout) -> list[MicroBatch]:
+    """Everything this rank computes in one step, given its rows; the loss weights already divided by the whole global batch's
     weight."""
-    rows = [loader.row(n) for n in row_numbers(step, recipe.global_batch, layout.dp_rank, layout.dp)]
-    first_image = loader.vocab.first_image
+    first_image = vocab.first_image
     modality = [np.where(row.labels >= first_image, recipe.image_loss_weight, recipe.text_loss_weight) for row in rows]
     weights = [row.loss_weight * each for row, each in zip(rows, modality, strict=True)]
     mine = sum(float(weight.sum(dtype=np.float64)) for weight in weights)
@@ -84,7 +85,7 @@ def micro_batches(loader: Rows, recipe: Pretrain, layout: Layout, step: int) -> 
         dist.all_reduce(total, group=data_group())
     whole = max(float(total), 1e-9)
     parts = [slice(i, i + recipe.micro_batch) for i in range(0, len(rows), recipe.micro_batch)]
-    return [micro_batch(rows[part], weights[part], whole, loader.vocab, recipe, layout) for part in parts]
+    return [micro_batch(rows[part], weights[part], whole, vocab, recipe, layout) for part in parts]
 
 
 def micro_batch(rows: Sequence[Row], weights: Sequence[NDArray[np.floating]], whole: float, vocab: Vocab,

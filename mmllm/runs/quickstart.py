@@ -8,7 +8,6 @@ interruption, and a changed recipe is refused rather than mixed with what is the
 
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +21,14 @@ import torch
 
 from data import scene_shards, shards
 from data.chat import DESCRIBE_REQUESTS, DRAW_REQUESTS
+from data.config import DataConfig
 from data.convert import convert
+from data.convert_piece import Conversion
 from data.document import texts_of
-from data.encode import encode, fingerprint
-from data.loader import DataConfig, Loader
+from data.encode import encode, fingerprint, vocab_of
+from data.formats.keep import Keep
+from data.formats.reading import Reading
+from data.loader import Loader
 from data.pairs import Pairs
 from data.scenes import World
 from data.vocab import Vocab
@@ -51,7 +54,8 @@ class Quickstart:
     out: Path = Path("runs/quickstart")
     """Run folder; its report is report.html."""
     data: Path | None = None
-    """Your own pictures: a folder of x.png with x.txt, or image–text tar shards. None draws scenes."""
+    """Your own pictures with captions, in any format that `mmllm data convert` knows: a folder of x.png with x.txt, say. None draws
+    scenes."""
     level: int = 1
     """World of the scenes: 1 in cells, 2 finer with more objects, 3 free with textures."""
     seed: int = 0
@@ -187,9 +191,11 @@ def make_data(recipe: Quickstart) -> None:
         with Progress("scenes", "shards") as progress:
             scene_shards.write(folder, recipe.level, recipe.seed, recipe.scenes, recipe.held, progress=progress)
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    train, held, skipped = convert(recipe.data, folder, recipe.tokenizer.model.tower.image_size)
-    say(f"      {train:,} pairs to train on, {held:,} held out" + (f"; skipped {skipped}" if skipped.causes else ""))
+    how = Conversion(reading=Reading(keep=Keep(size=recipe.tokenizer.model.tower.image_size)))
+    with Progress("converting", "pieces") as progress:
+        found = convert(recipe.data, folder, how, progress)
+    say(f"      {found.documents['train']:,} documents to train on, {found.documents['seen']:,} held out"
+        + (f"; left out: {found.skipped}" if found.skipped else ""))
 
 
 def make_text_tokenizer(recipe: Quickstart) -> None:
@@ -222,7 +228,7 @@ def make_visual_tokenizer(recipe: Quickstart) -> None:
 
 def make_token_shards(recipe: Quickstart) -> None:
     visual, text = VisualTokenizer.load(recipe.out / "visual_tokenizer"), _text(recipe)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
+    vocab = vocab_of(visual, text)
     with Progress("encoding", "shards") as progress:
         encode(shards.find(recipe.out / "raw", "train-") + shards.find(recipe.out / "raw", "seen-"),
                recipe.out / "tokens", visual, text, vocab, progress)
@@ -266,7 +272,7 @@ def run_pretraining(recipe: Quickstart) -> None:
 
 def _fingerprint(recipe: Quickstart) -> str:
     visual, text = VisualTokenizer.load(recipe.out / "visual_tokenizer"), _text(recipe)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, visual.grids)
+    vocab = vocab_of(visual, text)
     return fingerprint(visual.fingerprint, text.fingerprint, vocab)
 
 

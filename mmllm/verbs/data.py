@@ -34,31 +34,6 @@ def data_scenes(args: Scenes) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Pictures with captions → raw shards."""
-
-    source: Path
-    """Folder of x.png with x.txt, or of img2dataset tar shards."""
-    out: Path
-    """Folder for train-*.tar and seen-*.tar."""
-    size: int = 32
-    """Side of the square pictures, in pixels."""
-    held: float = 0.05
-    """Share of the pairs that is held out."""
-    max_bad: float = 0.05
-    """Largest share of samples that may be skipped."""
-    max_pixels: int = 64_000_000
-    """Largest picture that is decoded."""
-
-
-def data_convert(args: Convert) -> None:
-    from data.convert import convert
-
-    train, held, skipped = convert(args.source, args.out, args.size, args.held, args.max_bad, args.max_pixels)
-    say(f"{train:,} pairs to train on, {held:,} held out; skipped: {skipped or 'none'}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Encode:
     """Raw shards → token shards; continues where it was interrupted."""
 
@@ -78,6 +53,8 @@ class Encode:
     """Machines at work; the last to end writes the manifest."""
     batch_len: int = 256
     """Pictures that are encoded at once."""
+    scale: int = 1
+    """Of a tokenizer with several scales, the one whose codes are written; a folder for each."""
     max_bad: float = 0.0
     """Largest share of a shard's documents that may be left out, rounded up to whole documents."""
     max_pixels: int = 64_000_000
@@ -92,21 +69,20 @@ class Encode:
 
 def data_encode(args: Encode) -> None:
     from data import shards
-    from data.encode import ProcessFailed, encode
+    from data.encode import ProcessFailed, encode, vocab_of
     from data.images import Limits
-    from data.vocab import Vocab
     from mmllm.launch import RankFailed
     from mmllm.progress import Progress
     from tokenizer.model import VisualTokenizer
     from tokenizer.text import TextTokenizer
 
     visual, text = VisualTokenizer.load(args.tokenizer), TextTokenizer.load(args.text)
-    vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
+    vocab = vocab_of(visual, text)
     limits = Limits(max_pixels=args.max_pixels, min_side=args.min_side, max_aspect=args.max_aspect, animated=args.animated)
     try:
         with Progress("encoding", "shards") as progress:
             manifest = encode(shards.find(args.raw), args.out, args.tokenizer, args.text, vocab, progress, processes=args.processes,
-                              max_bad=args.max_bad, batch_len=args.batch_len, limits=limits, node=(args.node, args.nodes))
+                              max_bad=args.max_bad, batch_len=args.batch_len, limits=limits, scale=args.scale, node=(args.node, args.nodes))
     except ProcessFailed as error:
         raise RankFailed(str(error)) from error
     if not manifest.exists():
@@ -118,6 +94,5 @@ def data_encode(args: Encode) -> None:
 
 VERBS = {
     "data scenes": Verb(Scenes, data_scenes),
-    "data convert": Verb(Convert, data_convert),
     "data encode": Verb(Encode, data_encode),
 }

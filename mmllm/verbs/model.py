@@ -24,7 +24,7 @@ class Export:
 
 
 def export_model(args: Export) -> None:
-    from data.loader import DataConfig
+    from data.config import DataConfig
     from mmllm.export import export
 
     say(f"model folder: {export(args.checkpoint, args.out, DataConfig(shards=args.tokens), args.text, args.tokenizer)}")

@@ -34,7 +34,7 @@ from webdataset.writer import TarWriter
 
 from data import scene_shards, shards
 from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, texts_of
-from data.encode import encode
+from data.encode import encode, vocab_of
 from data.images import fit, to_tensor
 from data.index import read_index
 from data.vocab import Vocab
@@ -124,7 +124,7 @@ def main() -> dict[str, Any]:
             torch.manual_seed(0)
             VisualTokenizer(TokenizerConfig(), torch.randn(text.size, 128), torch.arange(text.size)).save(visual_path)
         visual = VisualTokenizer.load(visual_path)
-        vocab = Vocab(text.size, visual.codebook_size, visual.num_books, (visual.grid,))
+        vocab = vocab_of(visual, text)
         outs = (folder / f"out{i}" for i in range(10**6))
 
         def plainly(_: object) -> None:

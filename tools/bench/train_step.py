@@ -28,12 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.loader import DataConfig, Row
+from data.config import DataConfig
+from data.loader import Row
 from data.vocab import Vocab
 from mmllm.config import Model, Optim, Pretrain
 from mmllm.hf import model_config
 from mmllm.megatron import optim, parallel
-from mmllm.megatron.batch import micro_batches
+from mmllm.megatron.batch import micro_batches, row_numbers
 from mmllm.megatron.model import build
 from mmllm.megatron.train import forward_backward
 
@@ -48,7 +49,6 @@ class RandomRows:
     row_len: int
     trained: float
     vocab: Vocab = VOCAB
-    plan_hash: str = "bench"
 
     def row(self, number: int) -> Row:
         draw, s = np.random.default_rng(number), self.row_len
@@ -69,9 +69,11 @@ def ours(recipe: Pretrain, rows: RandomRows) -> Callable[[int], None]:
     optimizer = optim.make(recipe, model)
 
     def step(number: int) -> None:
-        forward_backward(model, micro_batches(rows, recipe, layout, number), layout)
+        mine = [rows.row(n) for n in row_numbers(number, recipe.global_batch, 0, 1)]
+        forward_backward(model, micro_batches(mine, rows.vocab, recipe, layout), layout)
         optimizer.step()
-        model.zero_grad_buffer()
+        for chunk in model:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
     return step
 
