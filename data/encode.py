@@ -100,7 +100,10 @@ def _claim(folder: Path, name: str) -> None:
     if marker.exists() and marker.read_text() != name:
         raise ValueError(f"{folder} holds shards of fingerprint {marker.read_text()}, not {name}: "
                          "the tokenizer or the vocabulary changed. Encode into another folder, or remove this one")
-    marker.write_text(name)
+    if not marker.exists():
+        partial = marker.with_name(f"fingerprint.{os.getpid()}.partial")
+        partial.write_text(name)
+        partial.rename(marker)
 
 
 def _missing(work: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data import store, tar
 from data.document import IMAGE, KINDS, ROLE, ROLES, TEXT, TokenDocument
 from data.skipped import Skipped
+from data.vocab import Vocab
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,23 @@ def problem_of(index: Index) -> str:
 
 
 def read_manifest(folder: store.Place) -> dict[str, Any]:
+    """Errors: FileNotFoundError for none; ValueError for a damaged one."""
     try:
-        return json.loads(store.read_bytes(store.join(folder, "manifest.json")))
+        content = store.read_bytes(store.join(folder, "manifest.json"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} has no manifest.json, so it holds no whole set of token shards: "
                                 "run `mmllm data encode`") from error
+    try:
+        found = json.loads(content)
+        Vocab.of(found["vocab"])
+        counts = [found[name] for name in ("documents", "image_codes", "text_ids")]
+        counts += [about[name] for about in found["shards"].values() for name in ("documents", "bytes")]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("a count is none")
+        if any("/" in name or not isinstance(about["index"], str) for name, about in found["shards"].items()):
+            raise ValueError("a shard is none")
+        if not isinstance(found["fingerprint"], str):
+            raise ValueError("the fingerprint is none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}/manifest.json is damaged, or of another version: {error!r}. Encode the shards again") from error
+    return found

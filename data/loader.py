@@ -98,7 +98,11 @@ class Shards:
             raise FileNotFoundError(f"token shard {place} has no index: encode it again") from error
         if hashlib.sha256(content).hexdigest()[:16] != self.listed[number]["index"]:
             raise ValueError(f"the index of token shard {place} is not the one in the manifest: encode the shard again")
-        return index.of_bytes(content, place, self.fingerprint)
+        found = index.of_bytes(content, place, self.fingerprint)
+        if len(found.keys) != self.listed[number]["documents"] or (found.offsets > self.listed[number]["bytes"] - found.sizes).any():
+            raise ValueError(f"the index of token shard {place} lists other documents than the manifest, or some outside the shard: "
+                             "encode the shard again")
+        return found
 
     def _payload(self, number: int) -> store.Reader:
         place = store.join(self.folder, self.names[number])

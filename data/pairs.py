@@ -108,8 +108,6 @@ def _pairs_of(shard: Path, index: Path | None) -> tuple[list[str], list[str], ND
     keys, texts, spans = list[str](), list[str](), list[tuple[int, int, int, int]]()
     with tar.opened(shard) as content:
         members = tar.members(content)
-        if members is None:
-            raise ValueError(f"{shard} is no plain tar (it holds links or long names): write it again with `mmllm data convert`")
         places = {member.name: member for member in members}
         for member in members:
             key, _, extension = member.name.partition(".")

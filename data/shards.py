@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data import store, tar
 from data.document import Document, check_roles
@@ -61,23 +62,31 @@ def document_of(sample: dict[str, bytes | str]) -> Document:
         raise ValueError(f"no document: it has no {key}.json (members: {sorted(k for k in sample if k[0] != '_')})")
     try:
         record = json.loads(sample["json"])
-        texts, images = list(record["texts"]), list(record["images"])
+        texts, images = _listed(record["texts"]), _listed(record["images"])
         if len(texts) != len(images) or any((a is None) == (b is None) for a, b in zip(texts, images, strict=True)):
             raise ValueError("at each place of `texts` and `images` one must be null and the other not")
         if not texts:
             raise ValueError("`texts` and `images` are empty")
         parts: list[str | bytes] = []
         for text, name in zip(texts, images, strict=True):
-            if text is None and name not in sample:
+            if text is None and (name == "json" or not isinstance(sample.get(name), bytes)):
                 raise ValueError(f"it names picture {name}, which the tar does not hold")
             parts.append(_said(text) if text is not None else sample[name])
-        document = Document(key, tuple(parts), tuple(_said(words) for words in record.get("captions", ())),
-                            tuple((_said(q), _said(a)) for q, a in record.get("questions", ())), record.get("meta", {}),
-                            tuple(record.get("roles", ())))
+        questions = [_listed(pair) for pair in _listed(record.get("questions", []))]
+        if not isinstance(meta := record.get("meta", {}), dict):
+            raise ValueError(f"`meta` is {meta!r}")
+        document = Document(key, tuple(parts), tuple(_said(words) for words in _listed(record.get("captions", []))),
+                            tuple((_said(q), _said(a)) for q, a in questions), meta, tuple(_listed(record.get("roles", []))))
         check_roles(document)
         return document
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no document: {key}.json: {error if type(error) is ValueError else repr(error)}") from error
+
+
+def _listed(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list")
+    return value
 
 
 def _said(words: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmllm.launch import DEBUG_VARIABLE, USER_ERROR, RankFailed
 from mmllm.progress import say
-from mmllm.verbs import convert, curate, data, model, store, tokenizer
+from mmllm.verbs import convert, curate, data, inspect, model, store, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
@@ -82,6 +82,13 @@ def sft(words: list[str]) -> None:
     say(f"tuned model: {main(_with_recipe(words, 'sft', Sft))}")
 
 
+def plan(words: list[str]) -> None:
+    """Memory, step time and days of a recipe on a cluster, and its launch files: RECIPE [--gpus N] [--hardware h100] …"""
+    from mmllm.verbs.plan import main
+
+    main(words, recipe_of)
+
+
 def tokenizer_train(words: list[str]) -> None:
     """Train teacher and visual tokenizer on the pairs of raw shards: RECIPE --field value …"""
     from mmllm.runs.tokenizer_recipe import TrainVisual
@@ -90,9 +97,9 @@ def tokenizer_train(words: list[str]) -> None:
     say(f"visual tokenizer: {main(_with_recipe(words, 'tokenizer train', TrainVisual))}")
 
 
-VERBS = {**data.VERBS, **convert.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS}
+VERBS = {**data.VERBS, **convert.VERBS, **inspect.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
-    "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft}
+    "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft, "plan": plan}
 
 
 def usage() -> str:

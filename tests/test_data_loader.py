@@ -1,11 +1,14 @@
 """Token shards and rows: nothing lost, order a pure function of the recipe, wrong tokenizers refused."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_world import small_world
 
 from data import shards
@@ -150,3 +153,39 @@ def test_raw_shards_read_online_have_the_ids_of_encoded_ones() -> None:
     for number in (0, 3):
         one, other = online.row(number), offline.row(number)
         assert one.keys == other.keys and np.array_equal(one.tokens, other.tokens) and np.array_equal(one.loss_weight, other.loss_weight)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 2)), min_size=1, max_size=4))
+def test_any_stops_at_any_width_give_the_bytes_of_one_uninterrupted_run(parts: list[tuple[int, int, int]]) -> None:
+    """parts: (steps, ranks, micro-batch) until each stop; a step is 8 rows."""
+    whole, at, state = loader(block_len=64), 0, None
+    for steps, ranks, micro in parts:
+        each = [loader(block_len=64) for _ in range(ranks)]
+        for rank in each:
+            if state is not None:
+                rank.resume(json.loads(json.dumps(state)))  # as a checkpoint holds it
+        for step in range(steps):
+            share = 8 // ranks
+            for number, rank in enumerate(each):
+                for first in range(at + 8 * step + share * number, at + 8 * step + share * (number + 1), micro):
+                    for row in range(first, min(first + micro, at + 8 * step + share * (number + 1))):
+                        one, other = rank.row(row), whole.row(row)
+                        assert one.tokens.tobytes() == other.tokens.tobytes() and one.loss_weight.tobytes() == other.loss_weight.tobytes()
+                        assert one.labels.tobytes() == other.labels.tobytes() and one.cu_seqlens.tobytes() == other.cu_seqlens.tobytes()
+        at += 8 * steps
+        states = [rank.state(at) for rank in each]
+        assert all(one == states[0] for one in states)
+        state = states[0]
+
+
+def test_prompts_padding_and_sizes_are_never_trained_on() -> None:
+    vocab, rows = small_world().vocab, loader()
+    for number in range(20):
+        row = rows.row(number)
+        trained = row.labels[row.loss_weight > 0]
+        assert not np.isin(trained, [vocab.pad, vocab.bos, *(vocab.grid(*grid) for grid in vocab.grids)]).any()
+        for first, end in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+            ids, weight = row.tokens[first:end], row.loss_weight[first:end]
+            if (ids == vocab.boi).sum() == 1 and ids[-2] == vocab.eoi:  # drawn: the prompt is given
+                assert weight[:int(np.flatnonzero(ids == vocab.boi)[0]) + 1].sum() == 0
