@@ -1,11 +1,16 @@
 """Rows made ahead of time by worker processes, which change nothing but the waiting: a row depends on its number alone."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
 from data.loader import Row
+
+
+GRACE_S = 60
+"""Seconds that a worker lives after SIGTERM."""
 
 
 class Rows(Protocol):
@@ -27,7 +32,13 @@ def prefetched(rows: Rows, numbers: Iterable[int], workers: int, depth: int = 8)
     if not workers:
         return map(rows.row, numbers)
     return iter(DataLoader(_ByNumber(rows), batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=depth,
-                           collate_fn=_as_it_is))  # type: ignore[arg-type]
+                           collate_fn=_as_it_is, worker_init_fn=_patient))  # type: ignore[arg-type]
+
+
+def _patient(worker: int) -> None:
+    """A signal to the whole process group is the trainer's to act on, which then saves: a worker that hears SIGTERM goes on for a while."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
 
 
 def _as_it_is(row: Row) -> Row:

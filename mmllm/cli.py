@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmllm.launch import DEBUG_VARIABLE, USER_ERROR, RankFailed
+from mmllm.launch import DEBUG_VARIABLE, FORESEEN, USER_ERROR, RankFailed
 from mmllm.progress import say
-from mmllm.verbs import convert, curate, data, inspect, model, store, tokenizer
+from mmllm.verbs import convert, curate, data, evaluate, inspect, model, replay, store, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
@@ -97,7 +97,8 @@ def tokenizer_train(words: list[str]) -> None:
     say(f"visual tokenizer: {main(_with_recipe(words, 'tokenizer train', TrainVisual))}")
 
 
-VERBS = {**data.VERBS, **convert.VERBS, **inspect.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS}
+VERBS = {**data.VERBS, **convert.VERBS, **inspect.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS,
+         **evaluate.VERBS, **replay.VERBS}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft, "plan": plan}
 
@@ -147,7 +148,7 @@ def main() -> None:
         os.environ[DEBUG_VARIABLE] = "1"
     try:
         run(words)
-    except (ValueError, OSError, RankFailed) as error:
+    except (*FORESEEN, RankFailed) as error:
         if debug:
             raise
         print(f"mmllm: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Folders that are whole or absent: checkpoints `step_XXXXXXX`, each with a list of its files, their sizes and hashes.
 
-A checkpoint is written to `step_XXXXXXX.tmp`, synced, given its list, and renamed: the name without `.tmp` *is* the promise that it is
-whole. A kill at any moment leaves the one before.
+A checkpoint is written to `step_XXXXXXX.tmp`, synced, given its list, and renamed: the name without a suffix *is* the promise that it
+is whole. A kill at any moment leaves the one before. One that is found broken all the same (a disk, a hand) is set aside under
+`.broken` and never loaded again.
 """
 
 import hashlib
@@ -28,20 +29,46 @@ def entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def finish(beside: Path, step: int, files: dict[str, dict[str, Any]], keep_last: int) -> Path:
-    """Sync, list and rename a checkpoint that lies in `step_XXXXXXX.tmp`, then delete all but the last `keep_last`. → its folder"""
+def finish(beside: Path, step: int, files: dict[str, dict[str, Any]], keep_last: int, keep_every: int = 0) -> Path:
+    """Sync, list and rename a checkpoint that lies in `step_XXXXXXX.tmp`, then delete all but the last `keep_last` and those of steps
+    that are multiples of `keep_every`. → its folder"""
     final = beside.with_suffix("")
     for name in files:
         sync(beside / name)
     write_json(beside / MANIFEST, {"step": step, "files": files})
     sync(beside)
     if final.exists():  # the same step again, after a refused continuation
-        shutil.rmtree(final)
+        delete(final)
     beside.rename(final)
     sync(final.parent)
     for old in whole(final.parent)[:-keep_last]:
-        shutil.rmtree(old)
+        if not keep_every or step_of(old) % keep_every:
+            delete(old)
     return final
+
+
+def delete(checkpoint: Path) -> None:
+    """Its name first: half of it must not bear one that promises the whole."""
+    going = checkpoint.with_suffix(".deleted")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed run left half-written or half-deleted."""
+    for suffix in ("tmp", "deleted"):
+        for path in folder.glob(f"step_*.{suffix}"):
+            shutil.rmtree(path)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Keep a broken checkpoint under a name that nobody loads. → where it lies"""
+    aside, number = checkpoint.with_suffix(".broken"), 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_suffix(f".broken-{number}")
+    return checkpoint.rename(aside)
 
 
 def sync(path: Path) -> None:
@@ -53,9 +80,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def whole(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix == "")
+    return sorted((path for path in folder.glob("step_*") if path.is_dir() and path.suffix == ""), key=step_of)
 
 
 def newest(folder: Path) -> Path | None:
@@ -70,13 +101,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def verify(checkpoint: Path) -> None:
-    """Refuse a checkpoint that lacks a file or holds a changed one."""
+def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+    """Refuse a checkpoint that lacks a file or holds a changed one. `part` of `parts` looks at its share of the files."""
     manifest_path = checkpoint / MANIFEST
     advice = f"delete {checkpoint} to continue from the one before, or restore the file"
     if not manifest_path.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} has no {MANIFEST}: {advice}")
-    for name, listed in json.loads(manifest_path.read_text())["files"].items():
+    try:
+        listed_files = sorted(json.loads(manifest_path.read_text())["files"].items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {checkpoint}: its {MANIFEST} cannot be read ({error!r}): {advice}") from error
+    for name, listed in listed_files[part::parts]:
         path = checkpoint / name
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint {checkpoint} is missing the file {name}: {advice}")

@@ -8,13 +8,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("tokenizer", "data", "mmllm", "recipes", "tools")
 HOMES = {  # library: where it may be imported
-    "megatron": ("mmllm/megatron/",), "deepspeed": ("mmllm/runs/sft.py",),
+    "megatron": ("mmllm/megatron/",), "deepspeed": ("mmllm/runs/sft_engine.py",), "peft": ("mmllm/runs/sft_lora.py",),
     "open_clip": ("tokenizer/semantic.py", "tokenizer/clip_halves.py"), "timm": ("tokenizer/towers.py",),
     "transformers": ("tokenizer/towers.py", "mmllm/hf.py", "mmllm/runs/sft", "mmllm/evaluate/", "mmllm/generate/", "tools/"),
     "transformer_engine": ("mmllm/megatron/",), "lpips": ("tokenizer/perceptual.py",),
     "torch_fidelity": ("tokenizer/features.py",), "pytesseract": ("tokenizer/legibility.py",),
+    "vllm": ("mmllm/generate/vllm_grammar.py",),
     "imagehash": ("data/curate/signatures.py",),
-    "fsspec": ("data/store.py",), "pyarrow": ("data/formats/rows.py",),
+    "fsspec": ("data/store.py",), "wandb": ("mmllm/run.py",), "pyarrow": ("data/formats/rows.py",),
+    "fastapi": ("mmllm/serve/",), "starlette": ("mmllm/serve/",), "uvicorn": ("mmllm/serve/",), "pydantic": ("mmllm/serve/",),
 }
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

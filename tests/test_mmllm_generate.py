@@ -126,13 +126,12 @@ def test_logits_equal_those_of_transformers_at_every_step(tmp_path: Path, shape:
     model = stock(engine)
     rows = [[VOCAB.bos, *engine.folder.text.encode(words)] for words in PROMPTS]
     with torch.inference_mode():
-        hidden, cache = engine.decoder.start(rows, 1)
+        hidden, cache = engine.decoder.start(rows, 4)
         for step in range(4):
             theirs = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
             assert torch.allclose(engine.decoder.logits(hidden), theirs, atol=1e-4)
             ids = torch.tensor([17 + 3 * i + step for i in range(len(rows))])
             rows = [[*row, token] for row, token in zip(rows, ids.tolist(), strict=True)]
-            cache.room(1)
             hidden = engine.decoder.read(ids[:, None], cache)
 
 

@@ -53,15 +53,29 @@ def test_stock_classes_open_the_folder_with_the_weights_given(tmp_path: Path, no
     assert hf.read_model(hf.open_folder(folder).config) == shape
 
 
+TYPED = ["<eos>", "<unk>", "<boi><grid_3x3><image_0_00001>", "<assistant>", "<", "<\ufdd0", "\ufdd0", "<0x41>", "<|unused_3|>", "a<b",
+         "<<eos>"]
+ANY_TEXT = st.one_of(st.text(max_size=40), st.text("a red blue\t\n ▁é漢🎨?.0", max_size=30),
+                     st.lists(st.sampled_from([*TYPED, "a red", " ", "star"]), max_size=6).map("".join),
+                     st.integers(0, 10_000).map(lambda seed: tiny_model.sentences(1, seed)[0]))
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(st.text(max_size=40), st.text("a red blue\t\n ▁é漢🎨?.0", max_size=30),
-                 st.integers(0, 10_000).map(lambda seed: tiny_model.sentences(1, seed)[0])))
+@given(ANY_TEXT)
 def test_both_tokenizers_give_the_same_ids_and_text(fast, words: str) -> None:
-    """But for words that spell a control token, which is one to Hugging Face's."""
-    assume(not any(token in words for token in fast.all_special_tokens))
+    """But for the mark, which only the template writes."""
+    assume("<\ufdd0" not in words)
     text = tiny_model.text_tokenizer()
-    ids = fast(words)["input_ids"]
+    ids = fast(words, split_special_tokens=True)["input_ids"]
     assert ids == text.encode(words) and fast.decode(ids) == text.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_TEXT, ANY_TEXT)
+def test_what_a_user_types_is_never_a_control_token(fast, asked: str, answered: str) -> None:
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    theirs = fast.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert theirs == chat.conversation(turns, tiny_model.vocabulary(), tiny_model.text_tokenizer().encode).ids.tolist()
 
 
 def test_every_control_token_and_image_code_is_one_token_with_its_id(fast) -> None:
@@ -75,16 +89,19 @@ def test_every_control_token_and_image_code_is_one_token_with_its_id(fast) -> No
 def test_the_chat_template_writes_what_the_model_was_tuned_on(tuned: Path) -> None:
     from transformers import AutoTokenizer
     tokenizer, vocab, text = AutoTokenizer.from_pretrained(tuned), tiny_model.vocabulary(), tiny_model.text_tokenizer()
-    codes = np.arange(18).reshape(2, 3, 3)
-    picture = "".join(vocab.token_name(i) for i in chat.image(vocab.image_ids(codes).tolist(), (3, 3), vocab))
-    theirs = [{"role": "user", "content": [{"type": "text", "text": picture}, {"type": "text", "text": "how many?"}]},
-              {"role": "assistant", "content": "two red."}]
-    shown = {"type": "image", "codes": codes}
-    ours = [{"role": "user", "content": [shown, {"type": "text", "text": "how many?"}]}, theirs[1]]
-    whole = tokenizer.apply_chat_template(theirs, tokenize=True, return_dict=False)
-    assert whole == chat.conversation(ours, vocab, text.encode).ids.tolist()
-    asked = tokenizer.apply_chat_template(theirs[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert asked == chat.prompt(ours[:1], vocab, text.encode)
+    shown, drawn = ({"type": "image", "codes": np.arange(3 * 2 * h).reshape(2, h, 3).tolist()} for h in (3, 2))
+    turns = [{"role": "system", "content": "the colour is red"},
+             {"role": "user", "content": [shown, {"type": "text", "text": "how many?"}, drawn]},
+             {"role": "assistant", "content": "two <eos>."},
+             {"role": "user", "content": "draw a star"}, {"role": "assistant", "content": [drawn]}]
+    for said in (turns, turns[1:], turns[1:3]):
+        whole = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+        assert whole == chat.conversation(said, vocab, text.encode).ids.tolist()
+        asked = tokenizer.apply_chat_template(said[:-1], tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert asked == chat.prompt(said[:-1], vocab, text.encode)
+    for wrong in (turns[2:], [turns[0], turns[0]], [turns[1], turns[1]], [{"role": "tool", "content": ""}]):
+        with pytest.raises(Exception, match="user and assistant alternate"):
+            tokenizer.apply_chat_template(wrong)
 
 
 def test_large_weights_are_split_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

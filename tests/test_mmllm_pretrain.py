@@ -1,93 +1,32 @@
 """A run that is killed, stopped, moved or fed nonsense ends where it should."""
 
 import json
-import os
-import pickle
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import everything, whole_checkpoints
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from tiny_model import token_shards
 from toy_rows import TINY, VOCAB, ToyRows, tiny, train
 
-from data.loader import Row
-from mmllm.config import Parallel, Pretrain
+from data.config import DataConfig
+from data.loader import Loader, Row
+from mmllm.config import Parallel, Pretrain, recipe_fields
+from mmllm.launch import launch
 from mmllm.megatron import parallel
+from mmllm.megatron.metrics import position
 from mmllm.megatron.model import build
 from mmllm.megatron.optim import lr_scale
+from mmllm.megatron.resume import changes
 from mmllm.megatron.train import fit
+from mmllm.megatron.train import train as train_on_data
 from mmllm.run import read_metrics
-
-TESTS = Path(__file__).parent
-
-
-def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, the optimizer's too."""
-    reader = FileSystemReader(str(checkpoint))
-    entries = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()
-             if isinstance(entry, TensorStorageMetadata)}
-    with warnings.catch_warnings(action="ignore"):                              # it remarks that this is one process
-        load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def start(recipe: Pretrain) -> subprocess.Popen[bytes]:
-    """A command that trains on its own ranks, as a process to send signals to."""
-    order = recipe.out.with_suffix(".pickle")
-    order.write_bytes(pickle.dumps(recipe))
-    code = ("import pickle, sys; from pathlib import Path; from mmllm.launch import launch; "
-            "recipe = pickle.loads(Path(sys.argv[1]).read_bytes()); "
-            "launch('toy_rows:train', recipe, recipe.parallel.ranks)")
-    return subprocess.Popen([sys.executable, "-c", code, str(order)], env={**os.environ, "PYTHONPATH": str(TESTS)})
-
-
-def wait_for_step(recipe: Pretrain, step: int, process: subprocess.Popen[bytes]) -> None:
-    while not any(record["step"] >= step for record in read_metrics(recipe.out)):
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.02)
-
-
-def whole_checkpoints(recipe: Pretrain) -> list[str]:
-    return sorted(path.name for path in (recipe.out / "checkpoints").iterdir() if path.suffix == "")
-
-
-def test_killed_at_any_moment_it_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
-    whole = tiny(tmp_path / "whole", steps=24, save_every=4, parallel=Parallel(ranks=2))
-    cut = replace(whole, out=tmp_path / "cut")
-    assert start(whole).wait() == 0
-
-    process = start(cut)
-    wait_for_step(cut, random.randint(5, 18), process)                          # unseeded: any moment must do
-    time.sleep(random.random() / 20)
-    process.kill()                                                              # its ranks die with it
-    process.wait()
-    saved = whole_checkpoints(cut)
-    assert saved
-    assert saved[-1] != "step_0000024"
-    time.sleep(0.5)
-    assert whole_checkpoints(cut) == saved                                      # nobody trains on
-
-    assert start(cut).wait() == 0
-
-    ours, expected = (everything(recipe.out / "checkpoints" / "step_0000024") for recipe in (cut, whole))
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    same = ("step", "loss", "loss/text", "loss/image", "grad_norm", "lr")
-    curves = [[[record[name] for name in same] for record in read_metrics(recipe.out)] for recipe in (cut, whole)]
-    assert curves[0] == curves[1]
 
 
 @dataclass(frozen=True)
@@ -136,21 +75,41 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000004", "step_0000005"]
 
 
-def test_a_checkpoint_that_lacks_a_file_is_refused_by_name(finished: Pretrain) -> None:
-    checkpoint = finished.out / "checkpoints" / "step_0000004"
+def remove_a_file(checkpoint: Path) -> None:
+    next(checkpoint.glob("*.distcp")).unlink()
+
+
+def change_a_byte(checkpoint: Path) -> None:
     victim = next(checkpoint.glob("*.distcp"))
-    victim.unlink()
-    with pytest.raises(ValueError, match=f"step_0000004 is missing the file {victim.name}"):
-        train(replace(finished, steps=6))
-
-
-def test_a_changed_byte_is_noticed(finished: Pretrain) -> None:
-    victim = next((finished.out / "checkpoints" / "step_0000004").glob("*.distcp"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(ValueError, match=f"the file {victim.name} is not the one that was saved"):
-        train(replace(finished, steps=6))
+
+
+def cut_its_list(checkpoint: Path) -> None:
+    content = (checkpoint / "manifest.json").read_text()
+    (checkpoint / "manifest.json").write_text(content[:len(content) // 2])
+
+
+@pytest.mark.parametrize("harm", [remove_a_file, change_a_byte, cut_its_list])
+def test_a_broken_newest_checkpoint_is_set_aside_and_the_one_before_taken(
+        finished: Pretrain, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished.out / "checkpoints"
+    expected = everything(folder / "step_0000004")
+    harm(folder / "step_0000004")
+    train(replace(finished, save_every=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "set aside" in line]
+    assert len(lines) == 1 and "step_0000004.broken, the one before is taken" in lines[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_0000002", "step_0000004", "step_0000004.broken"]
+    ours = everything(folder / "step_0000004")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_where_all_checkpoints_are_broken_the_run_does_not_begin_anew(finished: Pretrain) -> None:
+    for checkpoint in (finished.out / "checkpoints").iterdir():
+        remove_a_file(checkpoint)
+    with pytest.raises(ValueError, match=r"no checkpoint left .*step_0000004 is missing .*step_0000002 is missing"):
+        train(finished)
 
 
 def test_a_half_written_checkpoint_is_passed_over(finished: Pretrain) -> None:
@@ -193,7 +152,7 @@ def test_given_rows_start_where_they_belong(tmp_path: Path, one_rank: parallel.L
     ids = torch.tensor([VOCAB.first_image, VOCAB.size - 1, 2])
     rows, output_rows = torch.randn(3, TINY.hidden_size), torch.randn(3, TINY.hidden_size)
     save_file({"rows": rows, "ids": ids, "output_rows": output_rows}, tmp_path / "rows.safetensors")
-    plain, placed = (build(recipe, one_rank, VOCAB.size) for recipe in
+    plain, placed = (build(recipe, one_rank, VOCAB.size)[0] for recipe in
                      (tiny(tmp_path), tiny(tmp_path, init_rows=tmp_path / "rows.safetensors")))
     assert torch.equal(placed.embedding.word_embeddings.weight[ids], rows)
     assert torch.equal(placed.output_layer.weight[ids], output_rows)
@@ -221,3 +180,53 @@ def test_tensorboard_and_recipe_are_written(tmp_path: Path) -> None:
     train(tiny(tmp_path, steps=1, tensorboard=True))
     assert list((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / "recipe.json").read_text())["model"]["hidden_size"] == TINY.hidden_size
+
+
+def on_shards(folder: Path, out: Path) -> Pretrain:
+    """Two steps on real token shards of 60 documents."""
+    return tiny(out, steps=2, data=DataConfig(shards=token_shards(folder / "tokens"), row_len=256))
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    recipe = on_shards(tmp_path, tmp_path / "run")
+    (tmp_path / "tokens/train-000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"token shard .*train-000000\.tar is missing"):
+        train_on_data(recipe)
+
+
+def vanish(recipe: Pretrain) -> None:
+    """What a rank runs whose shard goes away once it has been found."""
+    loader = Loader(recipe.data)
+    Path(recipe.data.shards, "train-000000.tar").unlink()
+    fit(recipe, loader)
+
+
+def test_a_shard_that_vanishes_ends_the_run_in_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(ValueError, match=r"token shard .*train-000000\.tar is missing") as caught:
+        launch("test_mmllm_pretrain:vanish", on_shards(tmp_path, tmp_path / "run"), 1)
+    assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused_field_by_field(finished: Pretrain) -> None:
+    other = replace(finished, model=replace(TINY, hidden_size=48), optim=replace(finished.optim, lr=1.0))
+    with pytest.raises(ValueError, match=r"another recipe: model\.hidden_size \(32 then, 48 now\); optim\.lr \(0\.003 then, 1\.0 now\)\."):
+        train(other)
+
+
+def test_a_checkpoint_of_a_program_that_knew_fewer_fields_is_continued(finished: Pretrain) -> None:
+    """A field that was added since counts as what it is by default."""
+    assert changes(recipe_fields(finished), finished) == []
+    then = recipe_fields(finished)
+    del then["optim"]["schedule"], then["batch_ramp"], then["fp8"]
+    assert changes(then, finished) == []
+    assert changes(then, replace(finished, optim=replace(finished.optim, schedule="wsd"))) != []
+
+
+def test_the_log_tells_where_in_the_data_the_run_is(tmp_path: Path) -> None:
+    loader = Loader(on_shards(tmp_path, tmp_path / "run").data)
+    name, = loader.plan.names
+    for rows in (1, 7, 40):
+        documents = sum(len(loader.row(number).keys) for number in range(rows))
+        assert position(loader, rows) == {"rows": rows, f"epoch/{name}": documents / 60}

@@ -1,10 +1,7 @@
 """Instruction tuning: the loss, the groups, and DeepSpeed on two real ranks."""
 
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Generator
 from dataclasses import replace
@@ -12,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sft_world
 import tiny_model
 import torch
+from sft_world import recipe, start, wait_for
 from torch.nn import functional as F
 
 from data.chat import ChatLoader
@@ -23,9 +22,11 @@ from data.plan import Place
 from mmllm import hf
 from mmllm.generate.engine import Engine
 from mmllm.generate.sample import Sampling
+from mmllm.manifest import newest
 from mmllm.run import read_metrics
-from mmllm.runs.sft import STOPPED, Sft, check, learning_rate, main
+from mmllm.runs.sft import STOPPED, check, main
 from mmllm.runs.sft_loss import AssistantLoss, _least_padding, document_groups
+from mmllm.runs.sft_recipe import Sft, learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +40,7 @@ def one_thread() -> Generator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder and token shards that belong together."""
-    folder = tmp_path_factory.mktemp("sft")
-    tiny_model.folder(folder / "model", std=0.08)
-    tiny_model.token_shards(folder / "shards", documents=40)
-    return folder
-
-
-def recipe(world: Path, out: Path, **changes: object) -> Sft:
-    data = DataConfig(shards=world / "shards", row_len=192, draw_ratio=0.5)
-    base = Sft(out=out, init=world / "model", data=data, steps=6, global_batch=4, lr=3e-3, warmup_steps=2,
-               precision="fp32", log_every=1)
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return sft_world.world(tmp_path_factory.mktemp("sft"))
 
 
 def rows_of(recipe: Sft) -> ChatLoader:
@@ -204,28 +194,13 @@ def test_every_stage_and_precision_takes_the_same_steps(world: Path, tuned: Path
     assert all(torch.allclose(tensors[name], expected[name], atol=20 * rel) for name in expected)
 
 
-def start(settings: Sft, folder: Path) -> subprocess.Popen[bytes]:
-    """The run in a process of its own, whose whole group can be killed."""
-    (folder / "recipe.pickle").write_bytes(pickle.dumps(settings))
-    code = "import pickle, sys; from mmllm.runs.sft import main; main(pickle.load(open(sys.argv[1], 'rb')))"
-    return subprocess.Popen([sys.executable, "-c", code, str(folder / "recipe.pickle")], start_new_session=True,
-                            stdout=subprocess.DEVNULL)
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        if path.exists() or process.poll() is not None:
-            return
-        time.sleep(0.05)
-
-
 def test_killed_and_started_again_it_ends_with_the_same_bits(world: Path, tuned: Path, tmp_path: Path) -> None:
     again = replace(recipe(world, tmp_path / "run"), save_every=2)
     process = start(again, tmp_path)
-    wait_for(again.out / "checkpoints" / "newest.json", process)
+    wait_for(lambda: newest(again.out / "checkpoints"), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert (again.out / "checkpoints" / "newest.json").is_file() and not (again.out / "hf").exists()
+    assert newest(again.out / "checkpoints") and not (again.out / "hf").exists()
     folder = main(again)
     assert (folder / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
     assert [r["loss"] for r in read_metrics(again.out)] == [r["loss"] for r in read_metrics(world / "run")]
@@ -235,10 +210,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(world: Path, tuned:
 def test_told_to_stop_it_saves_and_says_so(world: Path, tuned: Path, tmp_path: Path) -> None:
     settings = recipe(world, tmp_path / "run")
     process = start(replace(settings, steps=2000), tmp_path)
-    wait_for(settings.out / "metrics.jsonl", process)
+    wait_for((settings.out / "metrics.jsonl").exists, process)
     time.sleep(2)
     process.terminate()
-    assert process.wait() == STOPPED and (settings.out / "checkpoints" / "newest.json").is_file()
+    assert process.wait() == STOPPED and newest(settings.out / "checkpoints")
 
 
 def test_token_shards_of_another_tokenizer_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.document import Document
-from data.encode import fingerprint, write_manifest
+from data.encode import fingerprint, vocab_of, write_manifest
 from data.skipped import Skipped
 from data.tokens import Coded, Documents, said_in, write
 from data.vocab import Vocab
@@ -90,9 +90,10 @@ def saved_visual_tokenizer(beside: Path, books: int, codes: int) -> Path:
 
 
 def token_shards(out: Path, documents: int = 60, books: int = 2, codes: int = 48,
-                 grid: tuple[int, int] = (3, 3)) -> Path:
-    """One token shard of pictures (random codes) with a text, a caption and two questions, for the tokenizers here."""
-    vocab, text = vocabulary(books, codes), text_tokenizer()
+                 grid: tuple[int, int] = (3, 3), text: TextTokenizer | None = None) -> Path:
+    """One token shard of pictures (random codes) with a text, a caption and two questions, for the tokenizers here or another `text`."""
+    vocab = vocabulary(books, codes) if text is None else vocab_of(visual_tokenizer(books, codes), text)
+    text = text or text_tokenizer()
     rng, words = np.random.default_rng(0), iter(sentences(8 * documents, seed=1))
     raw = [Document(f"{number:06d}", (b"", next(words)), captions=(next(words),),
                     questions=((next(words), next(words)), (next(words), next(words)))) for number in range(documents)]

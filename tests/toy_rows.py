@@ -62,7 +62,8 @@ def train(recipe: Pretrain) -> None:
 
 
 def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
-    """Train from one checkpoint under each layout in turn; rank 0 writes {name: {name of loss: [a value a step]}}.
+    """Train from one checkpoint under each layout in turn; rank 0 writes {name: {name of loss: [a value a step]}}. Each saves what it
+    loaded to `again/NAME`.
 
     The checkpoint is `recipe.out`'s; if there is none, four steps under the first layout make it."""
     recipe, layouts = job
@@ -70,7 +71,8 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
     from mmllm.megatron import checkpoint, optim, parallel
     from mmllm.megatron.batch import micro_batches, row_numbers
     from mmllm.megatron.model import build
-    from mmllm.megatron.train import forward_backward, run
+    from mmllm.megatron.step import forward_backward
+    from mmllm.megatron.train import run
     from mmllm.run import StopOnSignal
     first = next(iter(layouts.values()))
     start = newest(recipe.out / "checkpoints")
@@ -86,6 +88,7 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
         model = optim.wrap(build(here, layout, VOCAB.size))
         optimizer = optim.make(here, model)
         checkpoint.load(start, model, optimizer)
+        checkpoint.save(recipe.out / "again" / name.replace(" ", "-"), 4, model, optimizer, {}, 1)
         found[name] = {}
         for step in range(recipe.steps):
             optim.set_lr(optimizer, step, here)
@@ -107,6 +110,15 @@ def fail_on_rank_one(message: str) -> None:
     import time
     if os.environ["RANK"] == "1":
         raise KeyError(message) if message else SystemExit(os.kill(os.getpid(), 9))
+    time.sleep(600)
+
+
+def refuse_on_rank_one(message: str) -> None:
+    """One rank finds its input wrong; the other would wait for ever."""
+    import os
+    import time
+    if os.environ["RANK"] == "1":
+        raise FileNotFoundError(message)
     time.sleep(600)
 
 

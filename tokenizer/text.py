@@ -1,4 +1,5 @@
-"""Text ↔ ids: a SentencePiece BPE model trained on the captions, without tokens of its own besides <unk>.
+"""Text ↔ ids: a SentencePiece BPE model trained on the captions, without tokens of its own besides <unk>, or the tokenizer of a
+language model that is trained on (`tokenizer.base_text`).
 
 Begin, end, padding and pictures are control tokens of `data.vocab`, so one text model serves any vocabulary around it.
 The settings (identity normalization, byte fallback) are those that a `tokenizers` BPE model reproduces exactly,
@@ -13,18 +14,25 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+from tokenizer.base_text import BaseText, adopted
+
 
 class TextTokenizer:
-    """A trained SentencePiece model."""
+    """A trained SentencePiece model, or an adopted tokenizer: a JSON document."""
 
     def __init__(self, model: bytes) -> None:
         self.model = model
-        self.processor = spm.SentencePieceProcessor(model_proto=model)
+        self.processor = BaseText(model) if model.startswith(b"{") else spm.SentencePieceProcessor(model_proto=model)
 
     @property
     def size(self) -> int:
-        """T: number of pieces."""
+        """T: number of pieces; of an adopted tokenizer, rows of its model's embedding."""
         return self.processor.get_piece_size()
+
+    @property
+    def used(self) -> int:
+        """Pieces that a text can have; behind them an embedding may have rows that no text asks for."""
+        return self.processor.used if isinstance(self.processor, BaseText) else self.size
 
     @property
     def fingerprint(self) -> str:
@@ -48,7 +56,9 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
-        return cls(Path(path).read_bytes())
+        """A file that `save` wrote, or a Hugging Face folder."""
+        path = Path(path)
+        return cls(adopted(path) if path.is_dir() else path.read_bytes())
 
 
 def train(texts: Iterable[str], size: int) -> TextTokenizer:

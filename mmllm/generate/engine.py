@@ -1,14 +1,14 @@
 """A model folder that draws, describes and chats.
 
-`decode` is one loop for everything: rows of different requests go on together, each in its own grammar state, and text
-and image ids are sampled each their way. Guidance runs a second row beside each, which inside a picture sees nothing
-before it, in the same forward. How a prompt is written depends on the folder: plain documents, or turns once tuned.
+Everything becomes requests for `mmllm.generate.batching`: rows of different requests go on together, each in its own grammar state, and
+text and image ids are sampled each their way. Guidance runs a second row beside each, which inside a picture sees nothing before it, or
+a negative prompt. How a prompt is written depends on the folder: plain documents, or turns once tuned.
 
-Letters: b rows, p prompts, n pictures a prompt, M books, h w code grid, v ids looked at.
+Letters: p prompts, n pictures a prompt, b pictures, M books, h w code grid.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,103 +20,19 @@ from torch import Tensor
 
 from data import chat
 from mmllm import hf
+from mmllm.generate.batching import Batch, Request, decode, run
+from mmllm.generate.cache import Prefixes
 from mmllm.generate.decoder import Decoder, build
-from mmllm.generate.grammar import CODE, DONE, GRID, TEXT, Grammar, compile_grammar
-from mmllm.generate.sample import Sampling, request_key, sample, uniforms
+from mmllm.generate.grammar import Grammar, compile_grammar
+from mmllm.generate.plan import GREEDY, Plan
+from mmllm.generate.sample import Sampling, request_key
+from mmllm.generate.speculate import Speculation, draw_ahead
 from tokenizer.model import VisualTokenizer
+
+__all__ = ["GREEDY", "Engine", "Images", "Plan", "decode"]
 
 Images = Tensor | NDArray[np.int32]
 """Pictures [b, 3, H, W] in [-1, 1], or their codes [b, M, h, w] as a numpy array."""
-
-GREEDY = Sampling(temperature=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How rows are continued."""
-
-    text: Sampling = GREEDY
-    """Sampling of text."""
-    image: Sampling = field(default_factory=Sampling)
-    """Sampling of image codes."""
-    guidance: float = 1.0
-    """Image logits are blank + guidance × (seen − blank), where blank sees no text; 1 needs no second row."""
-    max_text: int = 64
-    """Text tokens a row may add. Pictures do not count, and none is cut."""
-    max_pictures: int = 0
-    """Pictures a row may begin."""
-    only_picture: bool = False
-    """The prompt ends inside a picture; stop with its last code."""
-
-
-@torch.inference_mode()
-def decode(decoder: Decoder, grammar: Grammar, prompts: list[list[int]], keys: Sequence[int],
-           plan: Plan) -> list[list[int]]:
-    """Continue prompts, each until a stop token or a spent budget. keys: of each request's random numbers.
-
-    → new ids of each row; the stop token is the last where there was one."""
-    device, vocab = decoder.device, grammar.vocab
-    new: list[list[int]] = [[] for _ in prompts]
-    state = torch.cat([grammar.states(torch.tensor([row], device=device)) for row in prompts])
-    limit = grammar.longest * (plan.max_pictures + plan.only_picture) + (0 if plan.only_picture else plan.max_text)
-    random = uniforms(keys, limit).to(device)
-    request = torch.arange(len(prompts), device=device)  # which prompt a running row continues
-    written, pictures = torch.zeros_like(request), torch.zeros_like(request)
-    guided = plan.guidance != 1.0 and (plan.only_picture or plan.max_pictures > 0)
-    starts = prompts
-    if guided:
-        starts = prompts + [[vocab.bos, *row[len(row) - 1 - row[::-1].index(vocab.boi):]] if inside else row
-                            for row, inside in zip(prompts, (state > DONE).tolist(), strict=True)]
-    hidden, cache = decoder.start(starts, min(limit, 64))
-    for step in range(limit):
-        low, high = grammar.span(state)
-        if high - low == 1:
-            ids = torch.full_like(state, low)
-        else:
-            logits = decoder.logits(hidden, low, high)
-            if guided:
-                seen, blank = logits.chunk(2)
-                logits = torch.where((state > DONE)[:, None], blank + plan.guidance * (seen - blank), seen)
-            if bool((state < CODE).any()) or not _one_range(grammar, state):
-                allowed = grammar.allowed(state, low, high, pictures < plan.max_pictures)
-                logits = logits.masked_fill(~allowed, -torch.inf)
-            ids = low + _sample_each(logits, random[request, step], state > DONE, plan)
-        before, state = state, grammar.advance(state, ids)
-        for row, token, running in zip(request.tolist(), ids.tolist(), (before != DONE).tolist(), strict=True):
-            if running:
-                new[row].append(token)
-        written += before == TEXT
-        begins = (state == GRID) & (before == TEXT)
-        pictures += begins
-        over = grammar.first[state] == vocab.eoi if plan.only_picture else (state == TEXT) & (written >= plan.max_text)
-        state = torch.where(over, DONE, state)
-        going = state != DONE
-        left = int(going.sum())
-        if not left:
-            break
-        if left <= 0.75 * len(state):  # finished rows leave; copying the cache costs about a step
-            request, state, ids, written, pictures, begins = (
-                x[going] for x in (request, state, ids, written, pictures, begins))
-            cache.keep(torch.cat([going, going]) if guided else going)
-        if guided and bool(begins.any()):
-            cache.forget(torch.cat([torch.zeros_like(begins), begins]))
-        cache.room(1)
-        hidden = decoder.read((torch.cat([ids, ids]) if guided else ids)[:, None], cache)
-    return new
-
-
-def _one_range(grammar: Grammar, state: Tensor) -> bool:
-    """All rows may continue with the same range of ids."""
-    first = grammar.first[state]
-    return bool((first == first[0]).all())
-
-
-def _sample_each(logits: Tensor, random: Tensor, in_picture: Tensor, plan: Plan) -> Tensor:
-    """Each row by the sampling of its modality: logits [b, v] → [b]."""
-    count = int(in_picture.sum())
-    if count in (0, len(logits)) or plan.text == plan.image:
-        return sample(logits, random, plan.image if count else plan.text)
-    return torch.where(in_picture, sample(logits, random, plan.image), sample(logits, random, plan.text))
 
 
 @dataclass(frozen=True)
@@ -129,11 +45,12 @@ class Engine:
     """Rows decoded together."""
 
     @classmethod
-    def load(cls, path: Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> "Engine":
-        """Open a model folder. In bf16 rounding may depend on the batch, and with it a close call in a picture."""
+    def load(cls, path: Path, device: str | None = None, dtype: torch.dtype = torch.float32, int8: bool = False) -> "Engine":
+        """Open a model folder. In bf16 rounding may depend on the batch, and with it a close call in a picture. int8: matrices in a byte a
+        number, for memory."""
         folder = hf.open_folder(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(folder, build(folder.config, folder.tensors(), device, dtype))
+        return cls(folder, build(folder.config, folder.tensors(), device, dtype, int8))
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -144,26 +61,63 @@ class Engine:
     def visual(self) -> VisualTokenizer:
         return VisualTokenizer.load(self.folder.visual_tokenizer)
 
-    def draw(self, prompts: Sequence[str], n: int = 1, guidance: float = 1.0, sampling: Sampling | None = None,
-             seed: int = 0, grid: tuple[int, int] | None = None) -> NDArray[np.int32]:
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """Conversations that may go on."""
+        return Prefixes()
+
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def draw_requests(self, words: str, n: int = 1, plan: Plan | None = None, seed: int = 0,
+                      grid: tuple[int, int] | None = None) -> list[Request]:
+        """n pictures of one prompt; `picture_of` reads the ids of each. A picture depends on prompt, plan, seed and its number below n."""
+        vocab = self.folder.vocab
+        frame = [vocab.boi, vocab.grid(*(grid or vocab.grids[0]))]
+        row = [*self._asked(words), *frame]
+        plan = plan or Plan(only_picture=True)
+        return [Request(prompt=row, key=request_key(seed, number, row), plan=plan, blank=self._blank(plan)) for number in range(n)]
+
+    def chat_request(self, turns: Sequence[chat.Turn], plan: Plan | None = None, seed: int = 0) -> Request:
+        """The assistant's turn after these. Errors: ValueError for a folder that does not chat, or a conversation that is too long."""
+        if not self.folder.chat:
+            raise ValueError(f"{self.folder.path} was not tuned on conversations: run `mmllm sft` first, "
+                             "or use `mmllm generate` and `mmllm describe`")
+        prompt = chat.prompt(turns, self.folder.vocab, self.folder.text.encode)
+        plan = plan or Plan(max_text=256, max_pictures=1)
+        most = plan.most(self.grammar.longest)
+        if len(prompt) + most > self.folder.max_len:
+            raise ValueError(f"the conversation has {len(prompt):,} tokens and the reply may add {most:,}, "
+                             f"but the model reads {self.folder.max_len:,}: start a new one")
+        return Request(prompt=prompt, key=request_key(seed, 0, prompt), plan=plan, blank=self._blank(plan))
+
+    def batching(self, rows: int = 32, columns: int | None = None) -> Batch:
+        """A continuous batch of this model, for a server. columns: tokens a request may come to, prompt included; what the model
+        reads, if not given."""
+        return Batch(self.decoder, self.grammar, rows, columns or self.folder.max_len, self.prefixes)
+
+    def picture_of(self, request: Request, ids: Sequence[int]) -> NDArray[np.int32]:
+        """Codes [M, h, w] of a request for a picture that got these ids."""
+        vocab = self.folder.vocab
+        h, w = vocab.grids[request.prompt[-1] - vocab.first_image + len(vocab.grids)]
+        return vocab.codes(ids, h, w)
+
+    def parts_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """What an assistant said, as parts: stretches of text, and pictures as codes."""
+        return _parts(self._said(list(ids)), self)
+
+    # At once ----------------------------------------------------------------------------------------------------------
+
+    def draw(self, prompts: Sequence[str], n: int = 1, guidance: float = 1.0, sampling: Sampling | None = None, seed: int = 0,
+             grid: tuple[int, int] | None = None, negative: str = "", ahead: Speculation | None = None) -> NDArray[np.int32]:
         """Pictures for prompts. → codes [p, n, M, h, w]; `pictures` paints them.
 
-        A picture depends on prompt, seed and its number below n; not on what else is drawn."""
-        vocab, encode = self.folder.vocab, self.folder.text.encode
-        grid = grid or vocab.grids[0]
-        frame = [vocab.boi, vocab.grid(*grid)]
-        rows, keys = list[list[int]](), list[int]()
-        for words in prompts:
-            if self.folder.chat:
-                asked = words if words.startswith(chat.DRAW_REQUESTS) else f"{chat.DRAW_REQUESTS[0]} {words}"
-                row = chat.prompt([{"role": "user", "content": asked}], vocab, encode) + frame
-            else:
-                row = [vocab.bos, *encode(words), *frame]
-            rows += [row] * n
-            keys += [request_key(seed, number, row) for number in range(n)]
-        plan = Plan(image=sampling or Sampling(), guidance=guidance, only_picture=True)
-        codes = [vocab.codes(ids, *grid) for ids in self._decode(rows, keys, plan)]
-        return np.array(codes, np.int32).reshape(len(prompts), n, vocab.num_books, *grid)
+        A picture depends on prompt, seed and its number below n; not on what else is drawn. negative: what guidance leads away from.
+        ahead: decode several codes in a pass; other pictures for a seed, of one distribution."""
+        plan = Plan(image=sampling or Sampling(), guidance=guidance, negative=negative, only_picture=True)
+        requests = [request for words in prompts for request in self.draw_requests(words, n, plan, seed, grid)]
+        codes = [self.picture_of(request, ids) for request, ids in zip(requests, self.decode(requests, ahead), strict=True)]
+        grid = grid or self.folder.vocab.grids[0]
+        return np.array(codes, np.int32).reshape(len(prompts), n, self.folder.vocab.num_books, *grid)
 
     def describe(self, images: Images, question: str | Sequence[str] | None = None, sampling: Sampling = GREEDY,
                  seed: int = 0, max_text: int = 64) -> list[str]:
@@ -184,27 +138,26 @@ class Engine:
         else:
             rows = [[vocab.bos, *image] for image in shown]
             if question is not None:
-                descriptions = self._decode(rows, [request_key(seed, 0, row) for row in rows], plan)
                 rows = [[*row, *self._said(text), vocab.user, *encode(words or ""), vocab.assistant]
-                        for row, text, words in zip(rows, descriptions, questions, strict=True)]
-        ids = self._decode(rows, [request_key(seed, 0, row) for row in rows], plan)
-        return [self.folder.text.decode(self._said(row)) for row in ids]
+                        for row, text, words in zip(rows, self._decode(rows, seed, plan), questions, strict=True)]
+        return [self.folder.text.decode(self._said(ids)) for ids in self._decode(rows, seed, plan)]
 
     def chat(self, turns: Sequence[chat.Turn], plan: Plan | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        """The content of the assistant's turn after these: parts of text and pictures as in `data.chat`."""
-        if not self.folder.chat:
-            raise ValueError(f"{self.folder.path} was not tuned on conversations: run `mmllm sft` first, "
-                             "or use `mmllm generate` and `mmllm describe`")
-        vocab = self.folder.vocab
-        prompt = chat.prompt(turns, vocab, self.folder.text.encode)
-        plan = plan or Plan(max_text=256, max_pictures=1)
-        most = plan.max_text + plan.max_pictures * self.grammar.longest
-        if len(prompt) + most > self.folder.max_len:
-            raise ValueError(f"the conversation has {len(prompt):,} tokens and the reply may add {most:,}, "
-                             f"but the model reads {self.folder.max_len:,}: start a new one")
-        key = request_key(seed, 0, prompt)
-        ids = self._said(self._decode([prompt], [key], plan)[0])
-        return _parts(ids, self)
+        """The content of the assistant's turn after these: parts of text and pictures as in `data.chat`. Earlier turns are not read again
+        where they are remembered."""
+        return self.parts_of(run(self.decoder, self.grammar, [self.chat_request(turns, plan, seed)], prefixes=self.prefixes)[0])
+
+    def decode(self, requests: Sequence[Request], ahead: Speculation | None = None,
+               told: Callable[[int], None] = lambda done: None) -> list[list[int]]:
+        """New ids of each request, at most `batch` together. ahead: for pictures alone."""
+        if ahead is None:
+            return run(self.decoder, self.grammar, requests, self.batch * (1 + any(one.plan.guided for one in requests)), told=told)
+        groups = ahead.groups_of(self.visual) if ahead.delta > 0 else None
+        ids = list[list[int]]()
+        for first in range(0, len(requests), self.batch):
+            ids += draw_ahead(self.decoder, self.grammar, requests[first:first + self.batch], ahead, groups).ids
+            told(len(ids))
+        return ids
 
     def codes(self, images: Images) -> NDArray[np.int32]:
         """Pictures → codes [b, M, h, w]; codes stay."""
@@ -220,15 +173,19 @@ class Engine:
         """Without the token that ended it."""
         return ids[:-1] if ids and ids[-1] in (self.folder.vocab.eos, self.folder.vocab.user) else ids
 
-    def _decode(self, rows: list[list[int]], keys: list[int], plan: Plan) -> list[list[int]]:
-        """In batches of rows of about one length, so that little is padding."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        done: dict[int, list[int]] = {}
-        for first in range(0, len(rows), self.batch):
-            part = order[first:first + self.batch]
-            ids = decode(self.decoder, self.grammar, [rows[i] for i in part], [keys[i] for i in part], plan)
-            done.update(zip(part, ids, strict=True))
-        return [done[i] for i in range(len(rows))]
+    def _decode(self, rows: list[list[int]], seed: int, plan: Plan) -> list[list[int]]:
+        return self.decode([Request(prompt=row, key=request_key(seed, 0, row), plan=plan) for row in rows])
+
+    def _asked(self, words: str) -> list[int]:
+        """Ids that ask for a picture, up to where it begins."""
+        vocab, encode = self.folder.vocab, self.folder.text.encode
+        if not self.folder.chat:
+            return [vocab.bos, *encode(words)]
+        asked = words if words.startswith(chat.DRAW_REQUESTS) else f"{chat.DRAW_REQUESTS[0]} {words}"
+        return chat.prompt([{"role": "user", "content": asked}], vocab, encode)
+
+    def _blank(self, plan: Plan) -> list[int]:
+        return self._asked(plan.negative) if plan.guided and plan.negative else []
 
 
 def _parts(ids: list[int], engine: Engine) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def sample(logits: Tensor, uniform: Tensor, how: Sampling) -> Tensor:
     # shifted before division: a temperature of 1e-6 must not overflow to inf − inf
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / how.temperature
     if how.top_k == 0 and how.top_p == 1.0:
-        return _inverse(logits.softmax(-1), uniform)
+        return inverse(logits.softmax(-1), uniform)
     width = min(v, how.top_k or SORTED)
     top = torch.topk(logits, width, sorted=True)
     total = logits.logsumexp(-1, keepdim=True) if how.top_k == 0 else top.values.logsumexp(-1, keepdim=True)
@@ -63,10 +63,24 @@ def sample(logits: Tensor, uniform: Tensor, how: Sampling) -> Tensor:
         p = (top.values - total).exp()
     if how.top_p < 1.0:
         p = p.masked_fill(p.cumsum(-1) - p >= how.top_p, 0.0)  # the id that crosses stays
-    return top.indices.gather(-1, _inverse(p, uniform)[:, None])[:, 0]
+    return top.indices.gather(-1, inverse(p, uniform)[:, None])[:, 0]
 
 
-def _inverse(p: Tensor, uniform: Tensor) -> Tensor:
+def probabilities(logits: Tensor, how: Sampling) -> Tensor:
+    """What `sample` draws from: logits [..., v] → [..., v], in float32."""
+    v = logits.shape[-1]
+    if how.temperature == 0 or how.top_k == 1:
+        return torch.nn.functional.one_hot(logits.argmax(-1), v).float()
+    p = ((logits.float() - logits.amax(-1, keepdim=True)) / how.temperature).softmax(-1)
+    if how.top_k == 0 and how.top_p == 1.0:
+        return p
+    top = torch.topk(p, min(v, how.top_k or v), sorted=True)
+    kept = top.values / top.values.sum(-1, keepdim=True)
+    kept = kept.masked_fill(kept.cumsum(-1) - kept >= how.top_p, 0.0)  # the id that crosses stays
+    return torch.zeros_like(p).scatter_(-1, top.indices, kept / kept.sum(-1, keepdim=True))
+
+
+def inverse(p: Tensor, uniform: Tensor) -> Tensor:
     """First index whose cumulative weight passes uniform × total; that index has weight. [b, v], [b] → [b]."""
     cumulative = p.cumsum(-1)
     return torch.searchsorted(cumulative, uniform.to(p)[:, None] * cumulative[:, -1:], right=True)[:, 0]

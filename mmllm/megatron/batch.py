@@ -1,7 +1,7 @@
 """From packed rows to what one forward pass takes.
 
-Row n is the same whoever asks, so nothing is broadcast: every rank of a tensor- or pipeline-parallel group reads the
-rows of its data-parallel rank itself. Rank r of D, step t, G rows a step: rows t·G + r·G/D … t·G + (r+1)·G/D − 1.
+Row n is the same whoever asks, so nothing is broadcast: every rank of a tensor-, pipeline- or context-parallel group reads
+the rows of its data-parallel rank itself. Rank r of D, step t, G rows a step: rows t·G + r·G/D … t·G + (r+1)·G/D − 1.
 
 Letters: s tokens in a row, t tokens of a micro-batch (micro_batch rows end to end), d documents, m tokens trained on.
 """
@@ -23,8 +23,10 @@ from data.vocab import Vocab
 from mmllm.config import Pretrain
 from mmllm.megatron.attention import PackedRow
 from mmllm.megatron.buckets import STEP, pack
+from mmllm.megatron.context import lengthened, pack_shared, share
 from mmllm.megatron.loss import Targets
-from mmllm.megatron.parallel import Layout, data_group
+from mmllm.megatron.parallel import Layout, context_group, data_group
+from mmllm.megatron.rope import grid_positions, row_positions
 
 
 class Rows(Protocol):
@@ -43,7 +45,7 @@ class MicroBatch:
     """One forward pass."""
 
     tokens: Tensor
-    """[1, t]"""
+    """[1, t], or this rank's share of it"""
     targets: Targets
     packed: PackedRow
     rows: tuple[Row, ...]
@@ -80,30 +82,64 @@ def micro_batches(rows: Sequence[Row], vocab: Vocab, recipe: Pretrain, layout: L
     modality = [np.where(row.labels >= first_image, recipe.image_loss_weight, recipe.text_loss_weight) for row in rows]
     weights = [row.loss_weight * each for row, each in zip(rows, modality, strict=True)]
     mine = sum(float(weight.sum(dtype=np.float64)) for weight in weights)
-    total = torch.tensor([mine], dtype=torch.float64, device=layout.device)
+    filled = sum(int((row.tokens != vocab.pad).sum()) for row in rows) if recipe.model.num_experts else 0
+    total = torch.tensor([mine, filled], dtype=torch.float64, device=layout.device)
     if layout.dp > 1:
         dist.all_reduce(total, group=data_group())
-    whole = max(float(total), 1e-9)
+    whole, balance_tokens = (max(value, 1e-9) for value in total.tolist())
     parts = [slice(i, i + recipe.micro_batch) for i in range(0, len(rows), recipe.micro_batch)]
-    return [micro_batch(rows[part], weights[part], whole, vocab, recipe, layout) for part in parts]
+    borders = [join_borders(rows[part], vocab.pad, layout.device) for part in parts]
+    # the micro-batches of a pipeline have one length, and its stages see the same rows
+    length = max(shared_len(each, recipe) for each in borders) if layout.cp > 1 else 0
+    return [micro_batch(rows[part], weights[part], whole, balance_tokens, each, length, vocab, recipe, layout)
+            for part, each in zip(parts, borders, strict=True)]
 
 
-def micro_batch(rows: Sequence[Row], weights: Sequence[NDArray[np.floating]], whole: float, vocab: Vocab,
-                recipe: Pretrain, layout: Layout) -> MicroBatch:
-    """Rows laid end to end as one forward pass."""
-    device = layout.device
-    weight = np.concatenate(weights)
+def shared_len(borders: NDArray[np.int32], recipe: Pretrain) -> int:
+    """Tokens of a micro-batch whose documents are lengthened to be shared by context-parallel ranks, aligned for the others and
+    for FP8."""
+    parallel = recipe.parallel
+    multiple = 2 * parallel.cp * recipe.fp8.alignment * (parallel.tp if parallel.sequence_parallel else 1)
+    needed = int((-(-np.diff(borders) // (2 * parallel.cp)) * (2 * parallel.cp)).sum())
+    return -(-needed // multiple) * multiple
+
+
+def micro_batch(rows: Sequence[Row], weights: Sequence[NDArray[np.floating]], whole: float, balance_tokens: float,
+                borders: NDArray[np.int32], length: int, vocab: Vocab, recipe: Pretrain, layout: Layout) -> MicroBatch:
+    """Rows laid end to end as one forward pass: all of it, or this rank's share of the tokens."""
+    device, cp, on_cpu = layout.device, layout.cp, layout.device.type == "cpu"
+    weight, tokens = np.concatenate(weights), np.concatenate([row.tokens for row in rows])
     where = np.flatnonzero(weight)                                             # [m]
     labels = np.concatenate([row.labels for row in rows])[where]
     counted = np.concatenate([row.loss_weight for row in rows])[where].astype(np.float32)
-    borders = join_borders(rows, vocab.pad, device)
-    cu_seqlens = torch.from_numpy(borders).to(device)
-    longest = int(np.diff(borders).max())
+    weight = (weight[where] / whole).astype(np.float32)
+    if cp > 1:
+        borders, place = lengthened(borders, cp, length, tail=int(np.lcm(STEP, 2 * cp)) if on_cpu else length)
+        longer = np.full(length, vocab.pad, np.int64)
+        longer[place] = tokens                                                 # [t] -> [length]
+        tokens, where = longer, place[where]
+    grid = grid_positions(tokens, borders, vocab) if recipe.model.image_positions == "grid" else None
+    packing, mine = None, slice(None)
+    if cp > 1:
+        if on_cpu:
+            packing = pack_shared(borders, row_positions(borders) if grid is None else grid, context_group())
+        mine = share(borders, cp, layout.cp_rank)                              # [length / cp]
+        local = np.full(length, -1, np.int64)
+        local[mine] = np.arange(len(mine))
+        here = local[where] >= 0
+        where, labels, counted, weight = local[where][here], labels[here], counted[here], weight[here]
+    elif on_cpu:
+        packing = pack(borders, grid)
+    cu_seqlens, longest = torch.from_numpy(borders).to(device), int(np.diff(borders).max())
     packed = PackedRow(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest,
-                       max_seqlen_kv=longest, packing=pack(borders) if device.type == "cpu" else None)
+                       max_seqlen_kv=longest, packing=packing,
+                       grid=None if on_cpu or grid is None else torch.from_numpy(grid[:, mine]).to(device))
+    if cp > 1:
+        # Transformer Engine's context parallelism reads these, equal or not
+        packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = cu_seqlens
+    ids = torch.from_numpy(tokens[mine]).to(device)[None]                      # [1, t / cp]
     targets = Targets(where=torch.from_numpy(where).to(device), labels=torch.from_numpy(labels).to(device),
-                      weight=torch.from_numpy((weight[where] / whole).astype(np.float32)).to(device),
-                      image=torch.from_numpy(labels >= vocab.first_image).to(device),
-                      counted=torch.from_numpy(counted).to(device), z_loss=recipe.optim.z_loss)
-    tokens = torch.from_numpy(np.concatenate([row.tokens for row in rows])).to(device)[None]       # [1, t]
-    return MicroBatch(tokens, targets, packed, tuple(rows))
+                      weight=torch.from_numpy(weight).to(device), image=torch.from_numpy(labels >= vocab.first_image).to(device),
+                      counted=torch.from_numpy(counted).to(device), z_loss=recipe.optim.z_loss,
+                      padding=ids == vocab.pad if recipe.model.num_experts else None, balance_tokens=balance_tokens)
+    return MicroBatch(ids, targets, packed, tuple(rows))

@@ -38,6 +38,7 @@ RULES = [(re.compile(pattern), text) for pattern, text in (
     (r"\bjit_fuser = torch\.compile", "jit_fuser = noop_decorator"),             # no compiler, quick start
     (r"from apex\.optimizers import FusedAdam\b", f"from {__name__} import FusedAdam"),
     (r"from apex\.optimizers import FusedSGD\b", "from torch.optim import SGD"),
+    (r"self\.fp8 = fp8 is not None", "self.fp8 = bool(fp8)"),                    # its default is False: asks for Transformer Engine
 )]
 
 

@@ -39,6 +39,10 @@ class Targets:
     counted: Tensor
     """[m] fp32 the weight that the data gave, before modality weights: what the reported means are over."""
     z_loss: float
+    padding: Tensor | None = None
+    """[1, t] bool, where there are experts: tokens that their balance does not count."""
+    balance_tokens: float = 1.0
+    """Tokens of the whole global batch that it does count."""
 
 
 class HeadLoss(torch.autograd.Function):

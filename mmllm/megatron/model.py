@@ -1,4 +1,4 @@
-"""The decoder: one translation of our `Model` into megatron-core's configuration, the layer spec, and new weights.
+"""The decoder: which modules make a layer, the chunks of layers that a rank has, and new weights.
 
 On CUDA the layers are Transformer Engine's, on a CPU those of `attention` and `layers`; parameters, checkpoints and
 numbers are the same. A new weight is a function of the seed and its own name, not of the rank that makes it or the
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
@@ -25,80 +23,67 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from mmllm.config import Model, Pretrain
-from mmllm.megatron.attention import CoreAttention, PackedSelfAttention
+from mmllm.megatron import rope
+from mmllm.megatron.attention import CoreAttention, GridSelfAttention, PackedSelfAttention
 from mmllm.megatron.layers import RmsNorm, SwiGlu
 from mmllm.megatron.loss import HeadLoss, Targets, statistics
+from mmllm.megatron.moe import Router
 from mmllm.megatron.parallel import Layout
-from mmllm.run import resolve_precision
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary rows of the model divide by this, so any tensor-parallel width that is a power of two up to it can
-split them."""
+from mmllm.megatron.translation import transformer_config
 
 
-def transformer_config(model: Model, layout: Layout, dtype: torch.dtype) -> Any:
-    """Our words → megatron-core's."""
-    with warnings.catch_warnings():
-        # it remarks on CUDA graphs, which are off
-        warnings.simplefilter("ignore")
-        config: Any = _transformer_config(model, layout, dtype)
-    # read by GPTModel and by PackedSelfAttention
-    config.rotary_base = model.rotary_base
-    # the hook through which our gate enters the MLP
-    config.use_te_activation_func = layout.device.type == "cpu"
-    return config
-
-
-def leave(weight: Tensor) -> Tensor:
-    """An init method that leaves a new weight as it is."""
-    return weight
-
-
-def _transformer_config(model: Model, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    cuda = layout.device.type == "cuda"
-    return TransformerConfig(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.groups, kv_channels=model.head_width, ffn_hidden_size=model.ffn_hidden_size,
-        qk_layernorm=model.qk_layernorm, layernorm_epsilon=model.norm_eps, normalization="RMSNorm",
-        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
-        attention_dropout=0.0, hidden_dropout=0.0,
-        # `initialize` fills the weights. But not perform_initialization=False: in 0.16.1 the weights would then lack
-        # the mark of being split, and the gradient norm under tensor parallelism would count one rank's part
-        init_method=leave, output_layer_init_method=leave, embedding_init_method=leave, use_cpu_initialization=not cuda,
-        bf16=dtype == torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype,
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-        sequence_parallel=layout.tp > 1,
-        # the loss comes normalised by the global weight
-        calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=layout.pp > 1,
-        masked_softmax_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=cuda, persist_layer_norm=cuda,
-        bias_activation_fusion=cuda, gradient_accumulation_fusion=False)
-
-
-def layer_spec(model: Model, config: Any) -> Any:
+def layer_spec(model: Model, config: Any, virtual_stage: int | None) -> Any:
     """Which modules make a layer."""
+    experts = model.num_experts or None
     if torch.cuda.is_available():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    spec: Any = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
-    layer.self_attention.module = PackedSelfAttention
-    attention.core_attention = CoreAttention
-    attention.q_layernorm = attention.k_layernorm = RmsNorm if model.qk_layernorm else None
-    layer.mlp.submodules.activation_func = SwiGlu
+        spec: Any = get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=True, qk_layernorm=model.qk_layernorm)
+        if model.image_positions == "grid":
+            spec.submodules.self_attention.module = GridSelfAttention
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = RmsNorm
+        layer.self_attention.module = PackedSelfAttention
+        attention.core_attention = CoreAttention
+        attention.q_layernorm = attention.k_layernorm = RmsNorm if model.qk_layernorm else None
+    mlp = spec.submodules.mlp.submodules
+    if experts:
+        mlp.router = Router
+    if torch.cuda.is_available():
+        return spec
+    if experts:
+        mlp.experts.submodules.activation_func = SwiGlu
+        # before experts the norm has a name of its own, as in Transformer Engine's spec
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    else:
+        mlp.activation_func = SwiGlu
     norm: Any = RmsNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm)
 
 
 class Decoder(GPTModel):
     """GPTModel whose last stage, given targets, goes from hidden states to the loss without holding the logits."""
 
     vocab_size_real: int
+
+    def forward(self, input_ids: Tensor, position_ids: Any, attention_mask: Any, *args: Any, labels: Any = None,   # type: ignore[override]
+                **kwargs: Any) -> Any:
+        """[1, t] ids → logits [1, t, v / tp]; with Targets, on the last stage, (loss, statistics)."""
+        config: Any = self.config
+        config.balance_tokens = math.inf                                       # experts are balanced in training alone
+        if isinstance(labels, Targets) and labels.padding is not None:
+            config.balance_tokens = labels.balance_tokens
+            padding = labels.padding
+            if config.sequence_parallel and not self.pre_process:
+                # 0.16.1 splits it only on the stage that has the embedding
+                padding = padding.chunk(config.tensor_model_parallel_size, 1)[self.pg_collection.tp.rank()]
+            kwargs["padding_mask"] = padding
+        targets: Any = labels
+        return super().forward(input_ids, position_ids, attention_mask, *args, labels=targets, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         if not self.post_process or not isinstance(labels, Targets):
@@ -120,22 +105,39 @@ class Decoder(GPTModel):
         return loss, statistics(loss, nll, log_z, labels)
 
 
-def build(recipe: Pretrain, layout: Layout, vocab_size: int) -> Decoder:
-    """This rank's part of a new decoder."""
-    config = transformer_config(recipe.model, layout, resolve_precision(recipe.precision))
-    cuda = layout.device.type == "cuda"
+def build(recipe: Pretrain, layout: Layout, vocab_size: int) -> list[Decoder]:
+    """This rank's part of a new decoder: a chunk of layers for each of its virtual stages, one if there are none."""
+    config, chunks = transformer_config(recipe, layout), recipe.parallel.virtual_stages
+    decoders: list[Decoder] = []
+    for i in range(chunks):
+        first, last = layout.first_stage and i == 0, layout.last_stage and i == chunks - 1
+        decoders.append(chunk(recipe, layout, vocab_size, config, first, last, i if chunks > 1 else None))
+    return decoders
+
+
+def chunk(recipe: Pretrain, layout: Layout, vocab_size: int, config: Any, first: bool, last: bool, virtual_stage: int | None) -> Decoder:
+    """One chunk; the first holds the embedding, the last the output layer."""
+    model, cuda = recipe.model, layout.device.type == "cuda"
     decoder = Decoder(
-        config=config, transformer_layer_spec=layer_spec(recipe.model, config),
-        vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, max_sequence_length=1 << 20,
-        pre_process=layout.first_stage, post_process=layout.last_stage, parallel_output=True,
-        share_embeddings_and_output_weights=recipe.model.tie_embeddings,
-        position_embedding_type="rope" if cuda else "none",                    # on the CPU the attention rotates
-        rotary_base=recipe.model.rotary_base)                                  # type: ignore[arg-type]
+        config=config, transformer_layer_spec=layer_spec(model, config, virtual_stage),
+        vocab_size=-(-vocab_size // model.vocab_multiple) * model.vocab_multiple, max_sequence_length=1 << 20,
+        pre_process=first, post_process=last, parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        # else the attention rotates
+        position_embedding_type="rope" if cuda and model.image_positions == "row" else "none",
+        rotary_base=model.rotary_base, vp_stage=virtual_stage)                 # type: ignore[arg-type]
+    if hasattr(decoder, "rotary_pos_emb"):
+        decoder.rotary_pos_emb.inv_freq = rope.frequencies(model)              # ours knows every scaling; it moves to the device itself
     decoder.vocab_size_real = vocab_size
+    for name, parameter in decoder.named_parameters():
+        if ".experts." in name:
+            # 0.16.1 marks them only where ep > 1: then their gradients would not be summed over tp, and their optimizer state
+            # would be saved under other names
+            parameter.allreduce = False                                        # type: ignore[attr-defined]
     if cuda:
         decoder.cuda(layout.device)
     with torch.no_grad():
-        initialize(decoder, recipe.model, recipe.seed)
+        initialize(decoder, model, recipe.seed)
         if recipe.init_rows is not None:
             place_rows(decoder, recipe.init_rows, vocab_size)
     return decoder
@@ -152,26 +154,38 @@ def shards(decoder: Decoder) -> Iterator[tuple[str, ShardedTensor]]:
 
 
 def initialize(decoder: Decoder, model: Model, seed: int) -> None:
-    """Norms one, matrices normal; each from a generator seeded by the weight's name and layer."""
-    output_std = model.output_init_std
-    if output_std is None:
-        output_std = model.init_std / math.sqrt(2 * model.num_layers)
-    for name, shard in shards(decoder):
-        data = shard.data
-        assert data is not None, name
-        if "norm" in name:
-            data.fill_(1.0)
+    """Norms one, biases zero, matrices normal; each from a generator seeded by the weight's name and layer."""
+    parameters = dict(decoder.named_parameters())
+    for name, entry in decoder.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None)).items():
+        if name not in parameters:
             continue
-        std = output_std if "linear_proj" in name or "linear_fc2" in name else model.init_std
-        if std == 0:
-            data.zero_()
-            continue
-        lead = shard.prepend_axis_num
-        layer, whole, offset = shard.global_offset[:lead], shard.global_shape[lead:], shard.global_offset[lead:]
-        label = hashlib.sha256(f"{seed} {name} {layer}".encode()).digest()
-        generator = torch.Generator(data.device).manual_seed(int.from_bytes(label[:7], "big"))
-        full = torch.empty(whole, dtype=torch.float32, device=data.device).normal_(0.0, std, generator=generator)
-        data.copy_(full[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))])
+        # a weight that is saved in parts (gate and up) is made in parts: a view of one may be none where it is kept in 8 bits
+        if isinstance(entry, ShardedTensorFactory):
+            shards: Any = entry.build()
+            parts: Any = [fresh(shard, model, seed) for shard in shards]
+            whole = entry.merge_fn(parts)
+        else:
+            whole = fresh(entry, model, seed)
+        parameters[name].copy_(whole)
+
+
+def fresh(shard: ShardedTensor, model: Model, seed: int) -> Tensor:
+    """The new values of a shard, fp32: its part of a tensor that is the same whoever makes it."""
+    name, shape, data = shard.key, shard.local_shape, shard.data
+    assert data is not None, name
+    if "norm" in name:
+        return torch.ones(shape, device=data.device)
+    std = model.init_std
+    if "linear_proj" in name or "linear_fc2" in name:
+        std = model.output_init_std if model.output_init_std is not None else model.init_std / math.sqrt(2 * model.num_layers)
+    if std == 0 or name.endswith("bias"):
+        return torch.zeros(shape, device=data.device)
+    lead = shard.prepend_axis_num
+    layer, whole, offset = shard.global_offset[:lead], shard.global_shape[lead:], shard.global_offset[lead:]
+    label = hashlib.sha256(f"{seed} {name} {layer}".encode()).digest()
+    generator = torch.Generator(data.device).manual_seed(int.from_bytes(label[:7], "big"))
+    full = torch.empty(whole, dtype=torch.float32, device=data.device).normal_(0.0, std, generator=generator)
+    return full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
 
 
 def place_rows(decoder: Decoder, path: Path, vocab_size: int) -> None:

@@ -3,6 +3,9 @@
 A run that finds its own checkpoints continues from the newest and ends with the weights it would have had without the
 interruption, bit for bit: nothing a step computes depends on anything but the recipe, the step's number and the
 checkpoint.
+
+What may go wrong in a step is decided on all ranks at once, by one reduction before the weights move: a signal to stop, a spike, a
+checkpoint that is still being written.
 """
 
 from __future__ import annotations
@@ -10,165 +13,183 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
-from data.loader import Loader
-from mmllm.config import CONTINUABLE, Pretrain, recipe_fields, recipe_hash
-from mmllm.manifest import newest, read_state, verify
-from mmllm.megatron import checkpoint, optim, parallel
-from mmllm.megatron.batch import MicroBatch, Rows, micro_batches
-from mmllm.megatron.loss import STATISTICS, means
+from data.loader import Loader, Row
+from data.prefetch import prefetched
+from mmllm import spikes
+from mmllm.config import Pretrain, batch_at, recipe_fields, recipe_hash, rows_before
+from mmllm.megatron import checkpoint, metrics, optim, parallel, warm
+from mmllm.megatron.batch import Rows, micro_batches
+from mmllm.megatron.checkpoint import SaveFailed, Saving
+from mmllm.megatron.dump import dump
 from mmllm.megatron.model import build
 from mmllm.megatron.parallel import Layout
-from mmllm.run import Log, StopOnSignal, resident_bytes, write_json
+from mmllm.megatron.resume import find, resume
+from mmllm.megatron.step import forward_backward
+from mmllm.megatron.validate import held_out, validate
+from mmllm.run import Log, StopOnSignal, highest, write_json
+from mmllm.watchdog import Watchdog
 
 
 def train(recipe: Pretrain) -> None:
     """One rank, with the recipe's own data."""
-    fit(recipe, Loader(recipe.data))
+    loader = Loader(recipe.data, first_row=lambda step: rows_before(recipe, step))
+    if recipe.vocab_size not in (None, loader.vocab.size):
+        raise ValueError(f"the shards have {loader.vocab.size:,} ids, the recipe says vocab_size {recipe.vocab_size:,}: take the right "
+                         "shards, or set vocab_size")
+    fit(recipe, loader, held_out(recipe, loader) if recipe.validate_every else None)
 
 
-def fit(recipe: Pretrain, loader: Rows) -> None:
-    """One rank, given its rows."""
+def fit(recipe: Pretrain, loader: Rows, held: Rows | None = None) -> None:
+    """One rank, given its rows, and those held out."""
     layout = parallel.start(recipe.parallel, recipe.seed)
     try:
-        run(recipe, loader, layout)
+        with StopOnSignal() as stop:
+            run(recipe, loader, layout, stop, held)
     finally:
         parallel.stop()
 
 
-def run(recipe: Pretrain, loader: Rows, layout: Layout) -> None:
+def run(recipe: Pretrain, loader: Rows, layout: Layout, stop: StopOnSignal, held: Rows | None = None) -> None:
     """From the first step, or the newest checkpoint, to the last."""
-    stop = StopOnSignal()
     model = optim.wrap(build(recipe, layout, loader.vocab.size))
     optimizer = optim.make(recipe, model)
-    folder = recipe.out / "checkpoints"
-    start_from = newest(folder)
-    first = resume(start_from, recipe, loader, model, optimizer, layout) if start_from is not None else 0
+    start_from = find(recipe.out / "checkpoints", layout)
+    saved = resume(start_from, recipe, loader, model, optimizer) if start_from is not None else {"step": 0}
+    if start_from is None and recipe.init is not None:
+        warm.start(recipe.init, loader.vocab, model, optimizer, layout)
+    first, seen, saving = int(saved["step"]), spikes.seen_before(saved), None
+    rows = prefetched(loader, (n for step in range(first, recipe.steps) for n in rows_of(recipe, step, layout)), recipe.loader_workers)
+    peak = metrics.peak_tflops(recipe, layout)
     gc.freeze()  # megatron-core collects garbage at each save: 0.1 s over what was imported, which never changes
 
-    with open_log(recipe, loader, layout, model, first) as log:
-        clock, tokens_since = time.perf_counter(), 0
+    with Watchdog(recipe.out, layout.rank, recipe.hang_timeout_s) as watchdog, open_log(recipe, loader, layout, model, first, peak) as log:
+        pace = metrics.Pace()
         for step in range(first, recipe.steps):
-            batches = micro_batches(loader, recipe, layout, step)
+            done = step + 1
+            watchdog.beat(f"step {done}")
+            mine = list(islice(rows, batch_at(recipe, step) // layout.dp))
             lr = optim.set_lr(optimizer, step, recipe)
-            losses = forward_backward(model, batches, layout)
-            if not all(abs(value) < float("inf") for value in losses.values()):    # inf and nan both fail
-                report_bad_step(recipe, layout, step, batches, losses)
-            _, grad_norm, _ = optimizer.step()
-            model.zero_grad_buffer()
+            losses = forward_backward(model, micro_batches(mine, loader.vocab, recipe, layout), layout)
+            norm = optim.gradient_norm(optimizer)
+            measures = {**losses, "grad_norm": norm}
+            bad = spikes.not_finite(measures)
+            stopping, odd, writing = highest([stop.received, bool(spikes.spike(seen, losses["loss"], norm, recipe.spikes)),
+                                              saving is not None and not checkpoint.written(saving)])
+            last = done == recipe.steps or bool(stopping)
+            if saving is not None and (bad or odd or last or not writing):
+                saving = settle(saving, recipe, log)
+            if bad:
+                path, keys = dump(recipe, loader.vocab, layout, step, mine, measures)
+                raise FloatingPointError(f"step {step}, rank {layout.rank}: {' and '.join(bad)} not finite ({measures}); its samples are "
+                                         f"{keys}; the batch is saved in {path}")
+            if odd:
+                seen = spikes.skipped(seen)
+                measures |= report_spike(recipe, loader, layout, log, seen, step, mine, measures)
+            else:
+                optim.update(optimizer, norm)
+                seen = spikes.accepted(seen, losses["loss"], norm, recipe.spikes)
+            for chunk in model:
+                chunk.zero_grad_buffer()
             optimizer.zero_grad()
 
-            done = step + 1
-            tokens_since += recipe.global_batch * loader.row_len
-            stopping = stop.asked()
-            last = done == recipe.steps or stopping
-            if log is not None and (last or done % recipe.log_every == 0 or done == 1):
-                now = time.perf_counter()
-                log.record({"step": done, **losses, "lr": lr, "grad_norm": float(grad_norm or 0.0),
-                            "tokens_per_s": tokens_since / (now - clock), "memory_bytes": resident_bytes(),
-                            "tokens": done * recipe.global_batch * loader.row_len})
-                clock, tokens_since = now, 0
+            metrics.add(pace, mine, loader.vocab, recipe)
+            if held is not None and recipe.validate_every and (done % recipe.validate_every == 0 or done == recipe.steps):
+                watchdog.beat(f"validation after step {done}")
+                began = time.perf_counter()
+                measures |= validate(model, held, recipe, layout)
+                pace.began += time.perf_counter() - began
+            if last or odd or done % recipe.log_every == 0 or done == 1 or any(name.startswith("validation") for name in measures):
+                speed = metrics.throughput(pace, layout, peak)
+                if log is not None:
+                    consumed = rows_before(recipe, done)
+                    log.record({"step": done, **measures, "lr": lr, **speed, "memory_bytes": metrics.memory_bytes(layout),
+                                "tokens": consumed * loader.row_len, **metrics.position(loader, consumed)})
+                pace = metrics.Pace()
             if last or (recipe.save_every and done % recipe.save_every == 0):
-                checkpoint.save(folder, done, model, optimizer, {
-                    "plan_hash": loader.plan_hash, "consumed_rows": done * recipe.global_batch,
-                    "recipe_hash": recipe_hash(recipe), "recipe": recipe_fields(recipe),
-                    "vocab_size": loader.vocab.size}, recipe.keep_last)
+                watchdog.beat(f"the checkpoint after step {done}")
+                if saving is not None:
+                    settle(saving, recipe, log)
+                saving = save(recipe, loader, model, optimizer, done, seen, log, last)
             if stopping:
                 if log is not None:
                     log.say(f"told to stop: saved step {done}, the same command continues")
                 break
 
 
-def open_log(recipe: Pretrain, loader: Rows, layout: Layout, model: torch.nn.Module, first: int
+def rows_of(recipe: Pretrain, step: int, layout: Layout) -> range:
+    """The rows of one rank in one step: rank r of D takes the r-th of D equal parts of the step's rows."""
+    each = batch_at(recipe, step) // layout.dp
+    first = rows_before(recipe, step) + layout.dp_rank * each
+    return range(first, first + each)
+
+
+def open_log(recipe: Pretrain, loader: Rows, layout: Layout, model: list[DistributedDataParallel], first: int, peak: float | None
              ) -> AbstractContextManager[Log | None]:
     """The first rank's log, with the recipe written and a line on what is about to run; nothing on the others."""
     if layout.rank != 0:
         return nullcontext()
-    hashes = {"hash": recipe_hash(recipe), "plan_hash": loader.plan_hash}
+    hashes = {"hash": recipe_hash(recipe), "plan_hash": loader.state(0)["plan_hash"]}
     write_json(recipe.out / "recipe.json", {**hashes, **recipe_fields(recipe)})
-    log = Log(recipe.out, recipe.steps, after_step=first, tensorboard=recipe.tensorboard, title="pretrain")
-    parameters = sum(p.numel() for p in model.parameters()) * layout.tp
+    log = Log(recipe.out, recipe.steps, after_step=first, tensorboard=recipe.tensorboard, title="pretrain", wandb=recipe.wandb,
+              recipe=recipe_fields(recipe))
+    parameters = sum(p.numel() for chunk in model for p in chunk.parameters()) * layout.tp
     log.say(f"{recipe.out}: {parameters / 1e6:,.2f} M parameters{' on this stage' if layout.pp > 1 else ''}, "
-            f"{str(next(model.parameters()).dtype).removeprefix('torch.')}, dp {layout.dp} × tp {layout.tp} × pp "
-            f"{layout.pp}, steps {first}–{recipe.steps} of {recipe.global_batch} rows × {loader.row_len:,} tokens")
+            f"{str(next(model[0].parameters()).dtype).removeprefix('torch.')}, dp {layout.dp} × tp {layout.tp} × pp "
+            f"{layout.pp}, steps {first}–{recipe.steps} of {batch_at(recipe, first)} rows × {loader.row_len:,} tokens"
+            + (f", MFU of {peak:g} TFLOP/s" if peak else ""))
     return log
 
 
-def forward_backward(model: DistributedDataParallel, batches: list[MicroBatch], layout: Layout) -> dict[str, float]:
-    """Every micro-batch of a step through megatron-core's schedule; gradients are ready, the global batch's losses
-    returned to all."""
-
-    def forward_step(iterator: Any, part: Any) -> tuple[Any, Any]:
-        batch: MicroBatch = next(iterator)
-        output = part(batch.tokens, None, None, labels=batch.targets, packed_seq_params=batch.packed)
-        if not layout.last_stage:
-            return output, None
-        loss, statistics = output
-
-        # loss, tokens to divide by (already done), to collect
-        def report(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return loss, torch.zeros((), dtype=torch.int, device=layout.device), statistics
-        return loss, report
-
-    reported = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(batches), model=[model], num_microbatches=len(batches),
-        seq_length=batches[0].tokens.size(1), micro_batch_size=1, forward_only=not torch.is_grad_enabled())
-    sums = torch.stack(reported).sum(0) if reported else torch.zeros(len(STATISTICS), device=layout.device)
-    if layout.dp > 1:
-        dist.all_reduce(sums, group=parallel.data_group())
-    if layout.pp > 1:
-        dist.all_reduce(sums, group=parallel.pipeline_group())                 # zeros but on the last stage
-    return means(sums.tolist())
+def save(recipe: Pretrain, loader: Rows, model: list[DistributedDataParallel], optimizer: ChainedOptimizer, done: int,
+         seen: spikes.Seen, log: Log | None, last: bool) -> Saving | None:
+    """Save what a continued run needs after `done` steps; the last one of a run at once. → the saving that goes on, if any"""
+    state = {**loader.state(rows_before(recipe, done)), "recipe_hash": recipe_hash(recipe), "recipe": recipe_fields(recipe),
+             "vocab_size": loader.vocab.size, "spikes": vars(seen)}
+    background = recipe.async_save and not last
+    try:
+        saving = checkpoint.begin(recipe.out / "checkpoints", done, model, optimizer, state, background)
+        if background:
+            return saving
+        checkpoint.complete(saving, recipe.keep_last, recipe.keep_every)
+    except SaveFailed as error:
+        if last:
+            raise
+        go_on(error, recipe, log)
+    return None
 
 
-def resume(start_from: Path, recipe: Pretrain, loader: Rows, model: DistributedDataParallel,
-           optimizer: ChainedOptimizer, layout: Layout) -> int:
-    """Continue from a checkpoint, unless something that decides the numbers has changed; returns its step."""
-    problem = [""]
-    # one rank reads it all; the others hear the verdict
-    if layout.rank == 0:
-        try:
-            verify(start_from)
-        except (ValueError, FileNotFoundError) as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
-    saved = read_state(start_from)
-    differing = list[str]()
-    if saved["plan_hash"] != loader.plan_hash:
-        differing.append(f"data order (plan {saved['plan_hash']} then, {loader.plan_hash} now)")
-    if saved["recipe_hash"] != recipe_hash(recipe):
-        then, now = saved["recipe"], recipe_fields(recipe)
-        differing += [f"{name} ({then.get(name)} then, {now[name]} now)" for name in now
-                      if now[name] != then.get(name) and name not in CONTINUABLE]
-    if differing and not recipe.accept_changes:
-        raise ValueError(f"{start_from} was written by another recipe: {'; '.join(differing)}. "
-                         "Give another `out`, delete the folder, or set accept_changes")
-    checkpoint.load(start_from, model, optimizer)
-    step: int = saved["step"]
-    return step
+def settle(saving: Saving, recipe: Pretrain, log: Log | None) -> None:
+    """Name a checkpoint that is written, or report one that could not be."""
+    try:
+        checkpoint.complete(saving, recipe.keep_last, recipe.keep_every)
+    except SaveFailed as error:
+        go_on(error, recipe, log)
 
 
-def report_bad_step(recipe: Pretrain, layout: Layout, step: int, batches: list[MicroBatch],
-                    losses: dict[str, float]) -> None:
-    """Save what this rank was computing, and stop."""
-    path = recipe.out / f"bad_step_{step:07d}_rank_{layout.rank}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [row for batch in batches for row in batch.rows]
-    torch.save({"step": step, "rank": layout.rank, "losses": losses,
-                "rows": [{"keys": row.keys, "tokens": row.tokens, "labels": row.labels, "loss_weight": row.loss_weight,
-                          "cu_seqlens": row.cu_seqlens} for row in rows]}, path)
-    keys = [key for row in rows for key in row.keys]
-    named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-    raise FloatingPointError(f"step {step}, rank {layout.rank}: the loss is not finite ({losses}); its samples "
-                             f"are {named}; the batch is saved in {path}")
+def go_on(error: SaveFailed, recipe: Pretrain, log: Log | None) -> None:
+    """By the recipe's rule, after a checkpoint that could not be written."""
+    if recipe.failed_save == "stop":
+        raise error
+    if log is not None:
+        log.say(f"{error}: the run goes on and tries again when the next is due (failed_save)")
+
+
+def report_spike(recipe: Pretrain, loader: Rows, layout: Layout, log: Log | None, seen: spikes.Seen, step: int, mine: list[Row],
+                 measures: dict[str, float]) -> dict[str, Any]:
+    """Save the batch of a spike; then skip it, or stop. → what to put into the step's record"""
+    path, keys = dump(recipe, loader.vocab, layout, step, mine, measures)
+    why = spikes.spike(seen, measures["loss"], measures["grad_norm"], recipe.spikes)
+    line = f"step {step + 1}: {why}; its samples are {keys}; the batch is saved in {path}"
+    if recipe.spikes.rule == "stop":
+        raise FloatingPointError(line)
+    if seen.in_a_row > recipe.spikes.in_a_row:
+        raise FloatingPointError(f"{line}; it is spike number {seen.in_a_row} in a row, spikes.in_a_row allows {recipe.spikes.in_a_row}")
+    if log is not None:
+        log.say(f"{line}; its update is skipped")
+    return {"skipped": seen.skipped, "spike": why, "samples": keys}

@@ -4,109 +4,36 @@
 another Hugging Face folder, `out/hf`, or, when the run was told to stop, a checkpoint that the same command continues.
 """
 
-import contextlib
-import hashlib
-import importlib
-import json
 import math
 import os
 import shutil
-import signal
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data.chat import ChatLoader
+from data.config import DataConfig
 from data.encode import fingerprint
-from data.loader import DataConfig, Row
-from data.vocab import Vocab
-from mmllm import hf, launch
-from mmllm.run import Log, resident_bytes, seed_all, write_json
-from mmllm.runs.sft_loss import AssistantLoss, document_groups, on
+from data.loader import Loader
+from data.order import Group
+from data.prefetch import prefetched
+from mmllm import hf, launch, manifest
+from mmllm.run import Log, StopOnSignal, resident_bytes, resolve_precision, seed_all, write_json
+from mmllm.runs import sft_checkpoint, sft_engine, sft_loss
+from mmllm.runs.sft_checkpoint import Rows
+from mmllm.runs.sft_recipe import Sft, fields_of, learning_rate, recipe_hash, violations
 
 STOPPED = 143
 """Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sft:
-    """Instruction tuning of a model folder."""
-
-    out: Path
-    """Run folder: recipe, metrics, checkpoint, and the tuned model in `hf`. Found checkpoints are continued."""
-    init: Path
-    """Model folder to start from, as `mmllm export` writes it."""
-    data: DataConfig
-    """Token shards of pictures with texts and questions, and how they become conversations."""
-    steps: int
-    """Optimizer steps in all."""
-    global_batch: int
-    """Rows a step, over all ranks."""
-    micro_batch: int = 0
-    """Rows of a rank that go forward and back at once; 0 for all of them."""
-    lr: float
-    """Highest learning rate; cosine from there."""
-    min_lr_ratio: float = 0.1
-    """The cosine ends at this part of it."""
-    warmup_steps: int = 0
-    """Steps of linear warmup."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices."""
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient."""
-    ranks: int = 2
-    """Data-parallel processes; under torchrun, its world size."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO splits over ranks: 1 optimizer states, 2 gradients too, 3 weights too."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the working weights; fp32 masters are kept. auto: bf16 where the hardware multiplies it."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    seed: int = 0
-    """For whatever is random; the order of rows is data.seed's."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 keeps none unless told to stop."""
-    log_every: int = 10
-    """Steps between log lines; metrics.jsonl gets a record at each."""
-
-
-class Rows(Protocol):
-    """Packed rows by number; `data.chat.ChatLoader` or `data.loader.Loader`."""
-
-    vocab: Vocab
-    row_len: int
-    plan_hash: str
-
-    def row(self, number: int) -> Row: ...
-
-
 def check(recipe: Sft) -> None:
     """Refuse a recipe that cannot work, with every reason at once."""
-    found: list[str] = []
-    for name in ("steps", "global_batch", "ranks", "log_every"):
-        if getattr(recipe, name) < 1:
-            found.append(f"{name} is {getattr(recipe, name)}, must be at least 1")
-    if recipe.ranks >= 1:
-        share = recipe.global_batch // recipe.ranks
-        if recipe.global_batch % recipe.ranks:
-            found.append(f"global_batch {recipe.global_batch} does not divide by ranks {recipe.ranks}: change one")
-        elif recipe.micro_batch < 0 or (recipe.micro_batch and share % recipe.micro_batch):
-            found.append(f"micro_batch {recipe.micro_batch} does not divide the {share} rows of a rank: give 0")
-    if recipe.lr <= 0:
-        found.append(f"lr is {recipe.lr}, must be above 0")
-    if not 0 <= recipe.warmup_steps <= recipe.steps:
-        found.append(f"warmup_steps is {recipe.warmup_steps}, must be in [0, steps = {recipe.steps}]")
-    if not 0 <= recipe.min_lr_ratio <= 1:
-        found.append(f"min_lr_ratio is {recipe.min_lr_ratio}, must be in [0, 1]")
-    if found:
+    if found := violations(recipe):
         raise ValueError("the recipe cannot work:\n" + "\n".join(f"  - {line}" for line in found))
     hf.check_target(recipe.out / "hf")
 
@@ -114,14 +41,16 @@ def check(recipe: Sft) -> None:
 def main(recipe: Sft) -> Path:
     """Tune to `recipe.steps`. → the tuned model folder."""
     check(recipe)
-    conversations(recipe, hf.open_folder(recipe.init))  # what is wrong with them is said before ranks start
+    folder = hf.open_folder(recipe.init)
+    for config in [recipe.data] + [recipe.held_out] * bool(recipe.validate_every):
+        conversations(recipe, folder, config)  # what is wrong with them is said before ranks start
     if launch.under_torchrun():
         if int(os.environ["WORLD_SIZE"]) != recipe.ranks:
             raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} ranks, the recipe has ranks {recipe.ranks}")
         train(recipe)
     else:
         launch.launch("mmllm.runs.sft_ranks:train", recipe, recipe.ranks)
-    if (recipe.out / "checkpoints" / "newest.json").is_file():
+    if manifest.newest(recipe.out / "checkpoints") is not None:
         raise SystemExit(STOPPED)  # told to stop, saved, to be continued
     return recipe.out / "hf"
 
@@ -129,205 +58,130 @@ def main(recipe: Sft) -> Path:
 def train(recipe: Sft) -> None:
     """One rank: model folder and conversations, then `fit`."""
     folder = hf.open_folder(recipe.init)
-    fit(recipe, folder, conversations(recipe, folder))
+    with StopOnSignal() as stop:
+        held = conversations(recipe, folder, recipe.held_out) if recipe.validate_every else None
+        fit(recipe, folder, conversations(recipe, folder, recipe.data), held, stop)
 
 
-def conversations(recipe: Sft, folder: hf.Folder) -> ChatLoader:
-    """Rows from the recipe's token shards. Errors: ValueError for shards that other tokenizers made."""
+def conversations(recipe: Sft, folder: hf.Folder, config: DataConfig) -> Rows:
+    """Rows from token shards. Errors: ValueError for shards that other tokenizers made."""
     made_by = fingerprint(hf.fingerprint(folder.visual_tokenizer), folder.text.fingerprint, folder.vocab)
-    return ChatLoader(recipe.data, folder.text.encode, made_by)
+    loader, first_shard = Loader(config, made_by, lambda step: step * recipe.global_batch), Group((0,), 0, 0)
+    if recipe.conversations == "as they are" or (recipe.conversations == "auto" and any(
+            source.read(first_shard).turns.any() for source in loader.plan.sources)):
+        return loader
+    return ChatLoader(config, folder.text.encode, made_by)
 
 
-def fit(recipe: Sft, folder: hf.Folder, rows: Rows) -> None:
+def fit(recipe: Sft, folder: hf.Folder, rows: Rows, held: Rows | None, stop: StopOnSignal) -> None:
     """One rank, given its rows: join, step after step, write the folder."""
-    deepspeed = load_deepspeed()
+    deepspeed = sft_engine.load_deepspeed()
     launch.join()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     seed_all(recipe.seed)
-    rank = dist.get_rank()
-    engine = _engine(deepspeed, recipe, folder)
-    checkpoints = recipe.out / "checkpoints"
-    first = _resume(engine, checkpoints, recipe, rows)
-    stop = {"asked": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
-    first_image = rows.vocab.first_image
-    micro = recipe.micro_batch or recipe.global_batch // recipe.ranks
-    log = None
-    if rank == 0:
-        names = {"hash": recipe_hash(recipe), "plan_hash": rows.plan_hash}
-        write_json(recipe.out / "recipe.json", {**names, **asdict(recipe)})
-        log = Log(recipe.out, recipe.steps, after_step=first, title="tune")
-        parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
-        log.say(f"{recipe.out}: {parameters:,} parameters, ZeRO {recipe.zero_stage} on {recipe.ranks} ranks, "
-                f"{str(_dtype(recipe.precision))[6:]}, steps {first}–{recipe.steps}")
-    clock, tokens, step = time.perf_counter(), 0, first
-    while step < recipe.steps:
-        start = step * recipe.global_batch + rank * (recipe.global_batch // recipe.ranks)
-        own = [rows.row(start + i) for i in range(recipe.global_batch // recipe.ranks)]
+    rank, each, checkpoints = dist.get_rank(), recipe.global_batch // recipe.ranks, recipe.out / "checkpoints"
+    engine = sft_engine.build(deepspeed, recipe, folder)
+    first = sft_checkpoint.resume(engine, checkpoints, recipe, rows)
+    own_rows = prefetched(rows, (step * recipe.global_batch + rank * each + i for step in range(first, recipe.steps)
+                                 for i in range(each)), recipe.loader_workers)
+    log = open_log(recipe, rows, engine, first) if rank == 0 else None
+    clock, tokens = time.perf_counter(), 0
+    for step in range(first, recipe.steps):
+        own = list(islice(own_rows, each))
         # the sum over all ranks decides the scale of each one's loss: a mean over tokens, whoever holds them
-        total, stopping = _sum([float(sum(row.loss_weight.sum() for row in own)), float(stop["asked"])], engine.device)
+        total, stopping = _sum([float(sum(row.loss_weight.sum() for row in own)), float(stop.received)], engine.device)
         if total == 0:
             raise ValueError(f"step {step}: none of the {recipe.global_batch} rows has a token of the assistant")
         lr = learning_rate(recipe, step)
         for parameters in engine.optimizer.param_groups:
             parameters["lr"] = lr
+        if recipe.lora.dropout:  # what is dropped depends on step and rank alone, not on when the run began
+            torch.manual_seed((recipe.seed * 1_000_003 + step) * recipe.ranks + rank)
         statistics = torch.zeros(4, device=engine.device)
-        for at in range(0, len(own), micro):
-            groups = [on(engine.device, group) for group in document_groups(own[at:at + micro])]
-            loss, sums = engine(groups, first_image)
+        for groups in batches(own, recipe, engine.device):
+            loss, sums = engine(groups, rows.vocab.first_image)
             statistics += sums
             # ZeRO averages over ranks; the loss is already divided by the weight of all of them
             engine.backward(loss * (recipe.ranks / total), scale_wrt_gas=False)
             engine.step()
-        values = _means(_sum(statistics.tolist(), engine.device))
-        if not math.isfinite(values["loss"]):
+        values, norm = _means(_sum(statistics.tolist(), engine.device)), engine.get_global_grad_norm()
+        if norm is not None:  # without ZeRO, DeepSpeed keeps it to itself
+            values["grad_norm"] = float(norm)
+        if not all(map(math.isfinite, values.values())):
             keys = ", ".join([key for row in own for key in row.keys][:20])
-            raise FloatingPointError(f"step {step}, rank {rank}: loss is {values['loss']}; samples begin with {keys}")
-        step += 1
+            raise FloatingPointError(f"step {step}, rank {rank}: loss or gradient is not finite ({values}); samples begin with {keys}")
+        done = step + 1
         tokens += recipe.global_batch * rows.row_len
-        if log and (step % recipe.log_every == 0 or step in (first + 1, recipe.steps)):
+        if held is not None and (done % recipe.validate_every == 0 or done == recipe.steps):
+            began = time.perf_counter()
+            values |= {f"validation/{name}": value for name, value in validate(engine, held, recipe, rank).items()}
+            clock += time.perf_counter() - began
+        if log and (done % recipe.log_every == 0 or done in (first + 1, recipe.steps) or "validation/loss" in values):
             now = time.perf_counter()
-            log.record({"step": step, **values, "lr": lr, "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-                        "tokens_per_s": tokens / (now - clock), "memory_bytes": resident_bytes()})
+            log.record({"step": done, **values, "lr": lr, "tokens_per_s": tokens / (now - clock), "memory_bytes": resident_bytes()})
             clock, tokens = now, 0
-        if step < recipe.steps and (stopping or (recipe.save_every and step % recipe.save_every == 0)):
-            _save(engine, checkpoints, step, recipe, rows)
+        if done < recipe.steps and (stopping or (recipe.save_every and done % recipe.save_every == 0)):
+            sft_checkpoint.save(engine, checkpoints, done, recipe, rows)
             if stopping:
                 if log:
-                    log.say(f"told to stop: saved step {step}, the same command continues")
+                    log.say(f"told to stop: saved step {done}, the same command continues")
                 break
-    if step == recipe.steps:
-        tensors = _full_weights(engine)
-        if rank == 0:
-            hf.write_folder(recipe.out / "hf", tensors, hf.read_model(folder.config), folder.vocab,
-                            folder.path / "text.model", folder.visual_tokenizer, chat=True, max_len=folder.max_len)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+    else:
+        write(deepspeed, engine, recipe, folder)
     if log:
         log.__exit__(None, None, None)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def learning_rate(recipe: Sft, step: int) -> float:
-    """Linear warmup, then cosine to min_lr_ratio of the highest. step: 0 …"""
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+def open_log(recipe: Sft, rows: Rows, engine: Any, first: int) -> Log:
+    """The recipe written, and a line on what is about to run."""
+    write_json(recipe.out / "recipe.json", {"hash": recipe_hash(recipe), "plan_hash": rows.state(0)["plan_hash"], **fields_of(recipe)})
+    log = Log(recipe.out, recipe.steps, after_step=first, tensorboard=recipe.tensorboard, title="tune")
+    trained, other = (sum(sft_engine.count(p) for p in engine.module.parameters() if p.requires_grad == wanted) for wanted in (True, False))
+    log.say(f"{recipe.out}: {trained + other:,} parameters{f', {trained:,} of them trained' if other else ''}, ZeRO {recipe.zero_stage} on "
+            f"{recipe.ranks} ranks, {str(resolve_precision(recipe.precision))[6:]}, steps {first}–{recipe.steps}, conversations "
+            f"{'from pairs' if isinstance(rows, ChatLoader) else 'as they are'}")
+    return log
 
 
-# DeepSpeed --------------------------------------------------------------------------------------------------------
-
-def load_deepspeed() -> Any:
-    """Import DeepSpeed, quiet, and without the shared-memory kernel that it compiles on CPUs for minutes."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU must not claim it before the fork
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed's Muon, unused, would import a compiler: 2 s
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    import logging
-
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-    logger.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name in ("transformers.models.qwen3.modeling_qwen3", "deepspeed.runtime.zero.muon.muon_optimizer"):
-        importlib.import_module(name)  # 5 s that would else be spent in every rank, after the fork
-    return deepspeed
+def batches(own: list[Any], recipe: Sft, device: torch.device) -> list[list[sft_loss.Group]]:
+    """Groups of each micro-batch. Under ZeRO 3 every rank has as many: each group makes the weights whole, which takes all ranks."""
+    out = [sft_loss.document_groups(own[at:at + recipe.micro]) for at in range(0, len(own), recipe.micro)]
+    if recipe.zero_stage == 3 and recipe.ranks > 1:
+        most = torch.tensor([len(groups) for groups in out], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        out = [groups + [sft_loss.nothing()] * (wanted - len(groups)) for groups, wanted in zip(out, most.tolist(), strict=True)]
+    return [[sft_loss.on(device, group) for group in groups] for groups in out]
 
 
-def _engine(deepspeed: Any, recipe: Sft, folder: hf.Folder) -> Any:
-    """The model of the folder under ZeRO."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-    transformers_logging.disable_progress_bar()
-    micro = recipe.micro_batch or recipe.global_batch // recipe.ranks
-    cuda, dtype = torch.cuda.is_available(), _dtype(recipe.precision)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro, "train_batch_size": recipe.global_batch,
-        "gradient_accumulation_steps": recipe.global_batch // recipe.ranks // micro,
-        "gradient_clipping": recipe.clip_grad, "bf16": {"enabled": dtype is torch.bfloat16},
-        "zero_optimization": {"stage": recipe.zero_stage, "overlap_comm": cuda},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled first
-        "steps_per_print": 2**62, "wall_clock_breakdown": False,
-    }
-    keep: Any = None
-    if recipe.zero_stage == 3:  # weights are split while they are read
-        from transformers.integrations import HfDeepSpeedConfig
-        keep = HfDeepSpeedConfig(config)
-    attention = "sdpa" if cuda else "eager"  # the fused kernel is several times slower for short documents on a CPU
-    causal = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, attn_implementation=attention)
-    if recipe.gradient_checkpointing:
-        causal.gradient_checkpointing_enable()
-    model = AssistantLoss(causal).train()
-    decayed = [p for p in model.parameters() if len(_shape(p)) > 1]
-    others = [p for p in model.parameters() if len(_shape(p)) <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], lr=recipe.lr, betas=recipe.betas)
-    with _quiet():
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    del keep
-    return engine
+@torch.no_grad()
+def validate(engine: Any, held: Rows, recipe: Sft, rank: int) -> dict[str, float]:
+    """Losses by modality over held-out rows 0 … `validation_rows`, over all ranks. Nothing that training goes on with is touched."""
+    own = [held.row(number) for number in range(rank, recipe.validation_rows, recipe.ranks)]
+    statistics = torch.zeros(4, device=engine.device)
+    engine.eval()
+    for groups in batches(own, recipe, engine.device):
+        statistics += engine(groups, held.vocab.first_image)[1]
+    engine.train()
+    return _means(_sum(statistics.tolist(), engine.device))
 
 
-def _full_weights(engine: Any) -> dict[str, Tensor]:
-    """fp32 masters of all weights under their Hugging Face names; every rank takes part, all get them."""
-    from deepspeed.utils import safe_get_full_fp32_param
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
-        value = parameter.detach() if master is None else master
-        if dist.get_rank() == 0:
-            tensors[name.removeprefix("causal.")] = value.float().cpu().reshape(_shape(parameter)).clone()
-    return tensors
-
-
-# Checkpoints ------------------------------------------------------------------------------------------------------
-
-def recipe_hash(recipe: Sft) -> str:
-    """Of what must be the same for a checkpoint to be continued."""
-    fields = {k: v for k, v in asdict(recipe).items() if k not in ("out", "save_every", "log_every")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _save(engine: Any, folder: Path, step: int, recipe: Sft, rows: Rows) -> None:
-    """All ranks write theirs, then one file names the checkpoint that is whole; the one before it goes."""
-    tag = f"step_{step:07d}"
-    with _quiet():
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    dist.barrier()
+def write(deepspeed: Any, engine: Any, recipe: Sft, folder: hf.Folder) -> None:
+    """The tuned model, adapters merged, as a folder; then checkpoints are not needed."""
+    tensors, vocab = sft_engine.full_weights(deepspeed, engine), folder.vocab
     if dist.get_rank() == 0:
-        write_json(folder / "newest.json", {"tag": tag, "step": step, "recipe_hash": recipe_hash(recipe),
-                                            "plan_hash": rows.plan_hash, "consumed_rows": step * recipe.global_batch})
-        for old in folder.glob("step_*"):
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def _resume(engine: Any, folder: Path, recipe: Sft, rows: Rows) -> int:
-    """Steps already done: those of the checkpoint, if there is one. Errors: ValueError if it is another recipe's."""
-    if not (folder / "newest.json").is_file():
-        return 0
-    newest = json.loads((folder / "newest.json").read_text())
-    if (newest["recipe_hash"], newest["plan_hash"]) != (recipe_hash(recipe), rows.plan_hash):
-        raise ValueError(f"{folder} was written by another recipe or on other data: "
-                         "give another `out`, or delete the folder")
-    with _quiet():
-        loaded, _ = engine.load_checkpoint(str(folder), tag=newest["tag"])
-    if loaded is None:
-        raise FileNotFoundError(f"{folder / newest['tag']} is missing files: delete {folder} and start again")
-    return int(newest["step"])
-
-
-# Small things -----------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """DeepSpeed prints to the screen as well as to its logger."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
-        yield
+        if recipe.lora.rank:
+            from mmllm.runs.sft_lora import merged, write_adapter
+            write_adapter(recipe.out / "adapter", tensors, recipe, range(vocab.text_size, vocab.size))
+            tensors = merged(tensors, recipe)
+        precision = resolve_precision(recipe.export_precision)
+        hf.write_folder(recipe.out / "hf", {name: tensor.to(precision) for name, tensor in tensors.items()}, folder.model, vocab,
+                        folder.path / "text.model", folder.visual_tokenizer, chat=True, max_len=folder.max_len)
+        checkpoints = recipe.out / "checkpoints"
+        if checkpoints.exists():  # the name first: what is half deleted must not be found
+            shutil.rmtree(checkpoints.with_suffix(".deleted"), ignore_errors=True)
+            shutil.rmtree(checkpoints.rename(checkpoints.with_suffix(".deleted")))
 
 
 def _sum(values: list[float], device: torch.device) -> list[float]:
@@ -341,17 +195,3 @@ def _means(sums: list[float]) -> dict[str, float]:
     text, text_weight, image, image_weight = sums
     return {"loss": (text + image) / (text_weight + image_weight), "loss/text": text / max(text_weight, 1e-9),
             "loss/image": image / max(image_weight, 1e-9)}
-
-
-def _dtype(precision: str) -> torch.dtype:
-    """auto: bf16 only where the hardware multiplies it."""
-    if precision == "auto":
-        cpu: Any = torch.cpu
-        native = torch.cuda.is_available() or cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    """Of the whole parameter, where ZeRO 3 left a part."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -39,8 +39,8 @@ def document_groups(rows: Sequence[Row]) -> list[Group]:
     spans = [(row, int(a), int(a + np.flatnonzero(row.loss_weight[a:b])[-1] + 1))
              for row in rows for a, b in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True)
              if row.loss_weight[a:b].any()]
-    if not spans:  # every rank must take part in every backward: one token of no weight
-        spans = [(rows[0], 0, 1)]
+    if not spans:
+        return [nothing()]
     spans.sort(key=lambda span: span[2] - span[1])
     groups: list[Group] = []
     for first, last in _least_padding([b - a for _, a, b in spans]):
@@ -52,6 +52,11 @@ def document_groups(rows: Sequence[Row]) -> list[Group]:
                 array[i, :b - a] = source[a:b]
         groups.append(Group(*map(torch.from_numpy, out)))
     return groups
+
+
+def nothing() -> Group:
+    """One token of no weight, for a rank that has none: it must take part in every forward and backward."""
+    return Group(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
 
 
 def _least_padding(lengths: list[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What `mmllm.launch` imports before it forks the ranks of a tuning run: imports paid once for all of them."""
 
-from mmllm.runs.sft import load_deepspeed, train
+from mmllm.runs.sft import train
+from mmllm.runs.sft_engine import load_deepspeed
 
 load_deepspeed()
 

@@ -89,4 +89,4 @@ def data_convert(args: Convert) -> None:
             say(f"{words}: {count:,} × {cause} (first: {counted.first[cause]})")
 
 
-VERBS = {"data convert": Verb(Convert, data_convert)}
+VERBS = {"data convert": Verb(Convert, data_convert, ("source", "out"))}

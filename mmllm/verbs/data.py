@@ -94,5 +94,5 @@ def data_encode(args: Encode) -> None:
 
 VERBS = {
     "data scenes": Verb(Scenes, data_scenes),
-    "data encode": Verb(Encode, data_encode),
+    "data encode": Verb(Encode, data_encode, ("raw", "out")),
 }

@@ -36,7 +36,7 @@ from mmllm.hf import model_config
 from mmllm.megatron import optim, parallel
 from mmllm.megatron.batch import micro_batches, row_numbers
 from mmllm.megatron.model import build
-from mmllm.megatron.train import forward_backward
+from mmllm.megatron.step import forward_backward
 
 VOCAB = Vocab(text_size=600, codebook_size=4096)
 MODEL = Model(num_layers=4, hidden_size=128, num_attention_heads=4, ffn_hidden_size=384)
