@@ -1,6 +1,6 @@
 """What decides the rows that a model is trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,3 +47,9 @@ class DataConfig:
     def mixtures(self) -> tuple[Stage, ...]:
         """The stages, or that of the only source."""
         return self.stages or (Stage(sources=(Source(shards=self.shards, prefix=self.prefix),)),)
+
+    def held_out(self, prefix: str) -> "DataConfig":
+        """The same sources with the shards of another prefix; of several stages, the last."""
+        stages = tuple(replace(stage, from_step=0, sources=tuple(replace(s, prefix=prefix, max_epochs=None) for s in stage.sources))
+                       for stage in self.stages[-1:])
+        return replace(self, prefix=prefix, stages=stages)

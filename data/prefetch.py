@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.loader import Row
 
-
 GRACE_S = 60
 """Seconds that a worker lives after SIGTERM."""
 

@@ -40,6 +40,7 @@ CHAT_TEMPLATE = """\
 {{ {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}[message.role] }}\
 {%- if message.content is string -%}{{ said(message.content) }}\
 {%- else -%}{%- for part in message.content -%}\
+{{ "BETWEEN" if not loop.first and part.type == "text" and part.text and loop.previtem.type == "text" else "" }}\
 {{ picture(part.codes) if part.type == "image" else said(part.text) if part.type == "text" else \
 raise_exception("a part of a message is text, or an image with its codes; this is " ~ part.type) }}{%- endfor -%}{%- endif -%}\
 {%- endfor -%}
@@ -87,7 +88,8 @@ def write_tokenizer(folder: Path, text: TextTokenizer, vocab: Vocab, qwen2: bool
                 "clean_up_tokenization_spaces": False, "padding_side": "left",
                 "bos_token": names[vocab.bos], "eos_token": names[vocab.eos], "pad_token": names[vocab.pad],
                 **({"unk_token": names[vocab.pad]} if qwen2 else {}),  # Qwen2's class would add <|endoftext|> as one
-                "chat_template": _template(names, vocab, marks, [token["content"] for token in added if not token["special"]])}
+                "chat_template": _template(names, vocab, marks, [token["content"] for token in added if not token["special"]],
+                                           "" if isinstance(processor, BaseText) else " ")}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -99,15 +101,16 @@ def _free(name: str, pieces: Mapping[str, int]) -> str:
     return spelled
 
 
-def _template(names: Mapping[int, str], vocab: Vocab, marks: Mapping[str, str], plain: list[str]) -> str:
-    """The template with the tokens spelled as they are, and what users typed marked. Added tokens that are not special stay whole."""
+def _template(names: Mapping[int, str], vocab: Vocab, marks: Mapping[str, str], plain: list[str], between: str) -> str:
+    """The template with the tokens spelled as they are, and what users typed marked. Added tokens that are not special stay whole.
+    `between`: what parts two texts of a turn, so that they are read as two: SentencePiece puts a space before each."""
     def marked(words: str) -> str:
         return "".join(marks.get(letter, letter) for letter in words)
 
     replaced = [*marks.items(), *((marked(word), word) for word in plain if marked(word) != word)]
     filters = "".join(f"| replace({json.dumps(a, ensure_ascii=False)}, {json.dumps(b, ensure_ascii=False)})" for a, b in replaced)
     end = names[vocab.first_image].removeprefix(vocab.token_name(vocab.first_image)[:-1])  # > or ;>
-    out = CHAT_TEMPLATE.replace("UNMARKED", filters).replace("%d>", f"%d{end}").replace("%05d>", f"%05d{end}")
+    out = CHAT_TEMPLATE.replace("UNMARKED", filters).replace("%d>", f"%d{end}").replace("%05d>", f"%05d{end}").replace("BETWEEN", between)
     for word, i in (("BOI", vocab.boi), ("EOI", vocab.eoi), ("BOS", vocab.bos), ("EOS", vocab.eos), ("SYSTEM", vocab.system),
                     ("USER", vocab.user), ("ASSISTANT", vocab.assistant)):
         out = out.replace(word, names[i])

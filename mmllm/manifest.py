@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmllm.progress import say
 from mmllm.run import write_json
 
 MANIFEST = "manifest.json"
@@ -117,3 +118,38 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
             raise FileNotFoundError(f"checkpoint {checkpoint} is missing the file {name}: {advice}")
         if entry(path) != listed:
             raise ValueError(f"checkpoint {checkpoint}: the file {name} is not the one that was saved: {advice}")
+
+
+def find(folder: Path) -> Path | None:
+    """The newest checkpoint that is what it was when it was saved; every rank reads a part of the files. Broken ones are set aside, with
+    a line. Errors: ValueError where there are checkpoints, all of them broken."""
+    import torch.distributed as dist
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if rank == 0 and folder.is_dir():
+        tidy(folder)
+    broken = list[str]()
+    while True:
+        name = [str(newest(folder) or "")]
+        dist.broadcast_object_list(name)  # the first rank's view: file systems may lag
+        if not name[0]:
+            break
+        problems: list[Any] = [None] * ranks
+        dist.all_gather_object(problems, _problem(Path(name[0]), rank, ranks))
+        if not any(problems):
+            return Path(name[0])
+        broken.append(next(problem for problem in problems if problem))
+        if rank == 0:
+            say(f"{broken[-1]}: set aside as {set_aside(Path(name[0]))}, the one before is taken")
+        dist.barrier()
+    if broken:
+        raise ValueError(f"{folder} has no checkpoint left to continue from ({'; '.join(broken)}): restore one, or give another `out`")
+    return None
+
+
+def _problem(checkpoint: Path, part: int, parts: int) -> str:
+    try:
+        verify(checkpoint, part, parts)
+    except (ValueError, OSError) as error:
+        return str(error).partition(": delete")[0]
+    return ""

@@ -14,6 +14,7 @@ HOMES = {  # library: where it may be imported
     "transformer_engine": ("mmllm/megatron/",), "lpips": ("tokenizer/perceptual.py",),
     "torch_fidelity": ("tokenizer/features.py",), "pytesseract": ("tokenizer/legibility.py",),
     "vllm": ("mmllm/generate/vllm_grammar.py",),
+    "lm_eval": ("mmllm/evaluate/harness.py",), "pycocoevalcap": ("mmllm/evaluate/captions.py",),
     "imagehash": ("data/curate/signatures.py",),
     "fsspec": ("data/store.py",), "wandb": ("mmllm/run.py",), "pyarrow": ("data/formats/rows.py",),
     "fastapi": ("mmllm/serve/",), "starlette": ("mmllm/serve/",), "uvicorn": ("mmllm/serve/",), "pydantic": ("mmllm/serve/",),

@@ -21,10 +21,11 @@ from data.config import DataConfig
 from data.vocab import Vocab
 from mmllm import hf, streams
 from mmllm.adopt import adopt
-from mmllm.config import Optim, Parallel, violations
+from mmllm.config import Optim, Parallel
 from mmllm.export import export
 from mmllm.launch import launch
 from mmllm.streams import Checkpoint
+from mmllm.violations import violations
 from mmllm.weights import read_model
 from tokenizer.text import TextTokenizer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from toy_rows import TINY, tiny
 
-from mmllm.config import Parallel, check, recipe_hash
+from mmllm.config import Parallel, recipe_hash
+from mmllm.violations import check
 
 
 def test_every_violation_is_listed_at_once() -> None:

@@ -11,10 +11,11 @@ from megatron.core.optimizer import OptimizerConfig
 from toy_rows import TINY, tiny
 
 from data.config import DataConfig
-from mmllm.config import Fp8, Parallel, Pretrain, violations
+from mmllm.config import Fp8, Parallel, Pretrain
 from mmllm.megatron import fp8
 from mmllm.megatron.parallel import Layout
 from mmllm.megatron.translation import transformer_config
+from mmllm.violations import violations
 
 LAYOUT = Layout(rank=0, ranks=1, tp_rank=0, pp_rank=0, cp_rank=0, dp_rank=0, tp=1, pp=1, cp=1, dp=1, device=torch.device("cpu"))
 ENDS = {"first_layers_bf16": 0, "last_layers_bf16": 0}

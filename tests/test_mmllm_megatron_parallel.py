@@ -10,9 +10,10 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from toy_rows import TINY, tiny
 
-from mmllm.config import Parallel, violations
+from mmllm.config import Parallel
 from mmllm.megatron.parallel import Layout
 from mmllm.megatron.translation import transformer_config
+from mmllm.violations import violations
 
 LAYOUT = Layout(rank=0, ranks=1, tp_rank=0, pp_rank=0, cp_rank=0, dp_rank=0, tp=1, pp=1, cp=1, dp=1, device=torch.device("cpu"))
 

@@ -14,7 +14,7 @@ from toy_rows import VOCAB as TOY
 
 from data.config import DataConfig
 from mmllm import cli
-from mmllm.config import Fp8, Model, Parallel, violations
+from mmllm.config import Fp8, Model, Parallel
 from mmllm.flops import step_flops
 from mmllm.hf_config import model_config
 from mmllm.plan import memory, parameters, report, search, step
@@ -22,6 +22,7 @@ from mmllm.plan.hardware import GPUS
 from mmllm.plan.job import Job, padded
 from mmllm.plan.recipe import Given, job_of
 from mmllm.runs.sft_recipe import Lora
+from mmllm.violations import violations
 
 H100 = GPUS["h100"]
 BIG = Job(model=LLAMA_70B, parallel=Parallel(ranks=64, tp=4, pp=4), vocab=128_256, row_len=8192, global_batch=128)

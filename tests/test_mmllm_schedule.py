@@ -7,11 +7,12 @@ import pytest
 from checkpoints import same
 from toy_rows import ToyRows, tiny, train
 
-from mmllm.config import Optim, Parallel, Spikes, batch_at, check, rows_before
+from mmllm.config import Optim, Parallel, Spikes, batch_at, rows_before
 from mmllm.launch import launch
 from mmllm.megatron.optim import lr_scale
 from mmllm.megatron.train import fit
 from mmllm.run import read_metrics
+from mmllm.violations import check
 
 RAMP = ((2, 8), (5, 12))
 

@@ -305,7 +305,7 @@ def test_a_full_line_is_429_and_a_stop_is_503_in_bounded_time(talker: Engine) ->
 
 
 def test_eight_clients_at_once_each_get_their_own_answer(served: Served) -> None:
-    asked = [(kind, words, seed) for seed, words in enumerate(tiny_model.sentences(8, seed=9)) for kind in ("chat", "draw", "stream")]
+    asked = [(kind, words, seed) for seed, words in enumerate(tiny_model.sentences(6, seed=9)) for kind in ("chat", "draw", "stream")]
 
     def answer(kind: str, words: str, seed: int) -> str:
         client = client_of(served)
@@ -326,4 +326,4 @@ def test_eight_clients_at_once_each_get_their_own_answer(served: Served) -> None
         threads[-1].start()
     for thread in threads:
         thread.join(60)
-    assert together == alone and len(set(alone.values())) > 12
+    assert together == alone and len(set(alone.values())) > 9

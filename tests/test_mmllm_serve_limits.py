@@ -7,6 +7,7 @@ import json
 import socket
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import serving
 from PIL import Image
 from serving import Served
 
+from mmllm.serve.api import main
 from mmllm.serve.pictures import data_url
 from mmllm.serve.settings import Settings
 
@@ -99,9 +101,9 @@ BAD: dict[str, tuple[int, str, str, Any]] = {
     "two turns of one": (400, "user and assistant alternate", CHAT, {"model": "mmllm", "messages": [{"role": "user", "content": "a"}] * 2}),
     "too many answers": (400, "n: 4 is over the limit of 3", CHAT, chat("a", n=4)),
     "no answers": (400, "n: ", CHAT, chat("a", n=0)),
-    "too long an answer": (400, "max_tokens: 33 is over the limit of 32", CHAT, chat("a", max_tokens=33)),
     "too hot": (400, "temperature", CHAT, chat("a", temperature=1e9)),
     "top_p of nothing": (400, "top_p", CHAT, chat("a", top_p=0)),
+    "top_p of next to nothing": (400, "top_p", DRAW, {"prompt": "a", "top_p": 5e-324}),
     "a seed too large": (400, "seed", CHAT, chat("a", seed=2**63)),
     "too long a prompt": (400, "messages: ", CHAT, chat("three " * 400)),
     "a text far too long": (400, "characters cannot fit", CHAT, chat("a" * 20_000)),
@@ -136,6 +138,27 @@ def test_what_is_wrong_is_said_in_one_sentence(served: Served, name: str) -> Non
     status, sentence, path, body = BAD[name]
     refused(served, status, sentence, path, body)
     assert send(served, "GET", "/health") == (200, {"status": "ok"})
+
+
+def test_an_answer_is_no_longer_than_the_server_allows_whoever_asks(served: Served) -> None:
+    for more in ({"max_tokens": 10**9}, {"max_completion_tokens": 4_096}, {}):
+        status, answer = send(served, "POST", CHAT, chat("how many?", max_pictures=0) | more)
+        assert status == 200 and answer["usage"]["completion_tokens"] <= 32
+
+
+def test_settings_that_make_no_sense_and_a_port_that_is_taken_are_said_before_a_model_is_loaded(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--rows 0 must be at least 1"):
+        Settings(rows=0)
+    with pytest.raises(ValueError, match="never fit a --queue of 2"):
+        Settings(queue=2)
+    with pytest.raises(OSError, match="cannot listen on"):
+        main(tmp_path / "nothing", Settings(port=int(served.url.rsplit(":", 1)[1])))
+
+
+def test_what_is_next_to_zero_is_zero(served: Served) -> None:
+    cold, zero = (send(served, "POST", DRAW, {"prompt": "a", "temperature": value}) for value in (1e-320, 0))
+    assert cold[0] == 200 and cold[1]["data"] == zero[1]["data"]
+    assert send(served, "POST", DRAW, {"prompt": "a", "temperature": 1e-5, "top_p": 1e-6, "guidance": -100})[0] == 200
 
 
 def test_a_body_that_is_not_declared_as_json_is_not_read_as_json(served: Served) -> None:

@@ -184,3 +184,26 @@ def test_a_failed_step_ends_those_in_it_and_serves_the_next(engine: Engine) -> N
 
     error, end = asyncio.run(both())
     assert error.status == 500 and end.image_tokens == 18
+
+
+def test_room_that_a_long_row_took_is_given_back_when_nobody_asks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmllm.serve.worker.IDLE_BYTES", 1 << 10)
+    held = list[int]()
+
+    async def once() -> None:
+        worker = Worker(engine, Settings(rows=1), Metrics())
+        with worker.admit(8, "a") as ticket:  # one behind the other
+            ticket.start([long(engine, key) for key in range(8)], GRID)
+            await ticket.next()
+            held.append(worker.held_bytes)
+            ended = 0
+            while ended < 8:
+                ended += isinstance((await ticket.next())[1], End)
+        end = time.monotonic() + 5
+        while worker.held_bytes and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        held.append(worker.held_bytes)
+        worker.stop(1.0)
+
+    asyncio.run(once())
+    assert held[0] > 1 << 10 and held[1] == 0

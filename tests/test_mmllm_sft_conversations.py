@@ -78,6 +78,17 @@ def test_the_chat_template_of_the_folder_writes_the_ids_that_are_trained_on(worl
         assert asked == chat.prompt(said[:-1], VOCAB, TEXT.encode) == whole[:len(asked)]
 
 
+def test_texts_side_by_side_in_a_turn_are_two_texts_to_the_template_too(world: Path) -> None:
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    shown = {"type": "image", "codes": codes("mixed", 0).tolist()}
+    for parts in (["a red star", "how many?"], ["a", shown, "red", "star"], ["a", ""], [shown, "a", "red", "star", shown]):
+        turn = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+        said = [{"role": "user", "content": turn}, {"role": "assistant", "content": "two."}]
+        theirs = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+        assert theirs == chat.conversation(said, VOCAB, TEXT.encode).ids.tolist()
+
+
 def test_pairs_become_conversations_unless_they_are_to_stay_as_they_are(world: Path, folder: hf.Folder) -> None:
     settings = recipe(world, world)
     assert isinstance(conversations(settings, folder, settings.data), ChatLoader)

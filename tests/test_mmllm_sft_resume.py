@@ -57,8 +57,8 @@ def interrupted(settings: Sft, folder: Path) -> None:
 
 def test_a_broken_checkpoint_and_half_of_one_are_passed_over_and_the_bits_are_the_same(
         world: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With dropout, adapters, ZeRO 3 and losses on held-out rows, of which an undisturbed run knows nothing."""
-    again = settings(world, tmp_path / "run", save_every=2, keep_last=2, validate_every=3, validation_rows=4)
+    """With dropout, adapters, ZeRO 3, and rows made ahead and losses on held-out ones, of which an undisturbed run knows nothing."""
+    again = settings(world, tmp_path / "run", save_every=2, keep_last=2, validate_every=3, validation_rows=4, loader_workers=1)
     interrupted(again, tmp_path)
     checkpoints = again.out / "checkpoints"
     broken = newest(checkpoints)

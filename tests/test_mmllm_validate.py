@@ -13,7 +13,6 @@ from data.mixture import Source, Stage
 from mmllm.config import Parallel, Pretrain
 from mmllm.launch import launch
 from mmllm.megatron.train import fit
-from mmllm.megatron.validate import held_config
 from mmllm.run import read_metrics
 
 
@@ -58,11 +57,9 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_held_out_shards_are_those_of_the_data_with_another_name() -> None:
     recipe = tiny(Path("x"), data=DataConfig(shards="tokens", row_len=256))
-    assert held_config(recipe) == replace(recipe.data, prefix="seen")
+    assert recipe.data.held_out(recipe.validation_prefix) == replace(recipe.data, prefix="seen")
     mixed = replace(recipe, data=DataConfig(row_len=256, stages=(
         Stage(sources=(Source(shards="a"),)), Stage(from_step=9, sources=(Source(shards="b", max_epochs=1.0), Source(shards="c"))))))
-    (stage,) = held_config(mixed).stages
+    (stage,) = mixed.data.held_out(mixed.validation_prefix).stages
     assert stage.from_step == 0 and [source.name for source in stage.sources] == ["b/seen*", "c/seen*"]
     assert stage.sources[0].max_epochs is None
-    other = DataConfig(shards="elsewhere", row_len=256)
-    assert held_config(replace(recipe, validation=other)) == other

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from data.vocab import Vocab
-from mmllm import config
+from mmllm import violations
 from mmllm.cli import RECIPES
 from mmllm.config import Pretrain
 from mmllm.hf_config import read_model
@@ -33,20 +33,20 @@ def recipe(path: Path) -> Any:
     return runpy.run_path(str(path))["RECIPE"]
 
 
-def violations(recipe: Any) -> list[str]:
+def wrong_with(recipe: Any) -> list[str]:
     if isinstance(recipe, Quickstart):
-        return tokenizer_recipe.violations(recipe.tokenizer) + config.violations(pretrain_recipe(recipe))
+        return tokenizer_recipe.violations(recipe.tokenizer) + violations.violations(pretrain_recipe(recipe))
     if isinstance(recipe, TrainVisual):
         return tokenizer_recipe.violations(recipe.training)
     if isinstance(recipe, Sft):
         return sft_recipe.violations(recipe)
     assert isinstance(recipe, Pretrain)
-    return config.violations(recipe)
+    return violations.violations(recipe)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_recipe_can_work_given_the_paths_of_a_user(path: Path) -> None:
-    assert [line for line in violations(recipe(path)) if not any(name in line for name in USERS)] == []
+    assert [line for line in wrong_with(recipe(path)) if not any(name in line for name in USERS)] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

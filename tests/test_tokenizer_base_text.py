@@ -11,9 +11,9 @@ from tokenizer.text import TextTokenizer
 
 def folder(path: Path, rows: Any = 300, **changes: Any) -> Path:
     """A tokenizer of the 256 bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     fast = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     (path / "tokenizer.json").write_text(json.dumps({**json.loads(fast.to_str()), **changes}))
     (path / "config.json").write_text(json.dumps({"vocab_size": rows}))
     return path

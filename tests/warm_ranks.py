@@ -16,7 +16,6 @@ def losses_from(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
     from mmllm.megatron.batch import micro_batches
     from mmllm.megatron.model import build
     from mmllm.megatron.step import forward_backward
-    from mmllm.megatron.train import row_numbers
     assert recipe.init is not None
     rows, found = ToyRows(vocab=Vocab.load(recipe.init / "vocab.json")), dict[str, list[float]]()
     for number, (name, widths) in enumerate(layouts.items()):
@@ -28,7 +27,9 @@ def losses_from(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
         found[name] = []
         for step in range(recipe.steps):
             optim.set_lr(optimizer, step, here)
-            mine = [rows.row(n) for n in row_numbers(here, step, layout)]
+            each = here.global_batch // layout.dp
+            first = step * here.global_batch + layout.dp_rank * each
+            mine = [rows.row(n) for n in range(first, first + each)]
             found[name].append(forward_backward(model, micro_batches(mine, rows.vocab, here, layout), layout)["loss"])
             optimizer.step()
             for chunk in model:

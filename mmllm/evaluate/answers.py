@@ -29,7 +29,7 @@ def units(given: Given) -> list[Unit]:
 
 
 def run(given: Given, some: list[Unit]) -> list[Record]:
-    codes = coded(given.engine, [unit.work.picture for unit in some])
+    codes = coded(given.engine, [unit.work.picture for unit in some], [unit.name for unit in some])
     flat = [(place, question) for place, unit in enumerate(some) for question, _ in unit.work.document.questions]
     said = described(given.engine, [codes[place] for place, _ in flat], [question for _, question in flat], given.settings.max_text)
     return _records(some, said)

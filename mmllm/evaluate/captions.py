@@ -26,7 +26,8 @@ def units(given: Given) -> list[Unit]:
 
 
 def run(given: Given, some: list[Unit]) -> list[Record]:
-    said = described(given.engine, coded(given.engine, [unit.work.picture for unit in some]), None, given.settings.max_text)
+    codes = coded(given.engine, [unit.work.picture for unit in some], [unit.name for unit in some])
+    said = described(given.engine, codes, None, given.settings.max_text)
     records: list[Record] = []
     for unit, words in zip(some, said, strict=True):
         record: Record = {"name": unit.name, "split": unit.split, "said": words, "references": list(unit.work.texts)}

@@ -67,10 +67,15 @@ def items(source: Path, prefix: str | None, limit: int) -> list[Item]:
             for item in heapq.nsmallest(limit, (Item(split, document) for document in shards.read_all(paths)), key=order)]
 
 
-def coded(engine: Engine, pictures: Sequence[bytes]) -> list[NDArray[np.int32]]:
-    """Files → codes [M, h, w] of each, at the size of the tokenizer's that is nearest in aspect."""
-    sizes = sizes_of(engine.visual)
-    arrays = [to_array(fitted(file, sizes)) for file in pictures]
+def coded(engine: Engine, pictures: Sequence[bytes], names: Sequence[str]) -> list[NDArray[np.int32]]:
+    """Files → codes [M, h, w] of each, at the size of the tokenizer's that is nearest in aspect. Errors: ValueError that names the one
+    which is refused."""
+    sizes, arrays = sizes_of(engine.visual), list[NDArray[np.uint8]]()
+    for file, name in zip(pictures, names, strict=True):
+        try:
+            arrays.append(to_array(fitted(file, sizes)))
+        except ValueError as error:
+            raise ValueError(f"a picture of {name} is refused: {error}. Mend the shards with `mmllm data check RAW --fix OUT`") from error
     out: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(arrays)
     for same in alike(arrays, lambda array: array.shape):
         for place, codes in zip(same, engine.codes(to_tensor(np.stack([arrays[i] for i in same]))), strict=True):

@@ -31,7 +31,8 @@ def units(given: Given) -> list[Unit]:
 def run(given: Given, some: list[Unit]) -> list[Record]:
     engine = given.engine
     vocab = engine.folder.vocab
-    codes = iter(coded(engine, [part for unit in some for part in unit.work.document.parts if isinstance(part, bytes)]))
+    pictures = [(part, unit.name) for unit in some for part in unit.work.document.parts if isinstance(part, bytes)]
+    codes = iter(coded(engine, [file for file, _ in pictures], [name for _, name in pictures]))
     asked: list[tuple[Record, str, TokenSequence, int]] = []
     records: list[Record] = []
     for unit in some:
@@ -45,8 +46,8 @@ def run(given: Given, some: list[Unit]) -> list[Record]:
                       (record, "picture after its text", drawing(engine, own[0], said), pixels(given, own))]
             continue
         document, joined = item.document, said_in([item.document], engine.folder.text)[0]
-        pictures = [Coded((int(one.shape[1]), int(one.shape[2])), vocab.image_ids(one)) for one in own]
-        tokens = token_document(document, joined, pictures)
+        shown = [Coded((int(one.shape[1]), int(one.shape[2])), vocab.image_ids(one)) for one in own]
+        tokens = token_document(document, joined, shown)
         whole = (sequence.chat if document.roles else sequence.interleaved)(tokens, vocab)
         spoken = [part for part, role in zip(document.parts, document.roles or ("assistant",) * len(document.parts), strict=True)
                   if role == "assistant"]

@@ -43,7 +43,7 @@ def units(given: Given) -> list[Unit]:
 def run(given: Given, some: list[Unit]) -> list[Record]:
     """A picture for each text, on the grid that its own picture has."""
     engine, settings = given.engine, given.settings
-    codes = coded(engine, [unit.work.picture for unit in some])
+    codes = coded(engine, [unit.work.picture for unit in some], [unit.name for unit in some])
     records: dict[int, Record] = {}
     for same in alike(codes, lambda one: one.shape):
         grid = int(codes[same[0]].shape[1]), int(codes[same[0]].shape[2])
@@ -89,7 +89,8 @@ def score(given: Given, records: list[Record]) -> Scores:
     ready: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     for name, judge in judges:
-        ours, theirs = embedded(judge, drawn, device), embedded(judge, real, device)
+        where = str(next(visual.parameters()).device) if name == "fd_teacher" else device
+        ours, theirs = embedded(judge, drawn, where), embedded(judge, real, where)
         ready[f"all/{name}"] = distance(ours, theirs, settings.seed)
         if len(records) < FEW * ours.shape[1]:
             notes.append(f"{name} of {len(records):,} pictures and {ours.shape[1]:,} features is biased upwards: compare with sets of this "

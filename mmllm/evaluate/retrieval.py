@@ -34,7 +34,7 @@ def units(given: Given) -> list[Unit]:
 def run(given: Given, some: list[Unit]) -> list[Record]:
     records: list[Record] = []
     for unit in some:
-        codes = coded(given.engine, [item.picture for item in unit.work])
+        codes = coded(given.engine, [item.picture for item in unit.work], [item.name for item in unit.work])
         texts = [item.texts[0] for item in unit.work]
         c = len(texts)
         found = log_likelihood(given.engine, codes, texts, [(i, j) for i in range(c) for j in range(c)])

@@ -105,7 +105,7 @@ class Batch:
         self.running: list[Running] = []
         self.rows: list[tuple[Running, bool]] = []  # by row of the cache: whose it is, and whether it is the blank one
         self.hidden = torch.empty(0, device=decoder.device)  # [rows in use, d]
-        self.tickets = self.passes = 0
+        self.tickets = self.passes = self.read = 0  # read: tokens of prompts that were not known
         self.table = [grammar.first.tolist(), grammar.last.tolist(), grammar.after.tolist(), grammar.begin.tolist()]
         no_picture = grammar.text.clone()
         no_picture[grammar.vocab.boi] = False
@@ -219,6 +219,7 @@ class Batch:
         """Prompts into the rows from `row` on. → hidden state of each last token [b, d]"""
         self.cache.length[row:row + len(prompts)] = 0
         known = [self.prefixes.fill(prompt, self.cache, row + i) if self.prefixes else 0 for i, prompt in enumerate(prompts)]
+        self.read += sum(map(len, prompts)) - sum(known)
         if not any(known):
             return self.decoder.prefill(prompts, self.cache, row)
         return torch.cat([self.decoder.prefill([prompt[count:]], self.cache, row + i)

@@ -1,55 +1,22 @@
-"""Where a run goes on: its newest whole checkpoint, if what decides the numbers is as it was."""
+"""A run goes on from a checkpoint if what decides the numbers is as it was."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from mmllm.config import CONTINUABLE, Pretrain, recipe_fields, rows_before
-from mmllm.manifest import newest, read_state, set_aside, tidy, verify
+from mmllm.manifest import read_state
 from mmllm.megatron import checkpoint
 from mmllm.megatron.batch import Rows
-from mmllm.megatron.parallel import Layout
-from mmllm.progress import say
 
 ABSENT = object()
-
-
-def find(folder: Path, layout: Layout) -> Path | None:
-    """The newest checkpoint that is what it was when it was saved; every rank reads a part of the files. Broken ones are set aside, with
-    a line. Errors: ValueError where there are checkpoints, all of them broken."""
-    broken, problem, found = list[str](), "", None
-    if layout.rank == 0 and folder.is_dir():
-        tidy(folder)
-    while True:
-        name = [str(newest(folder) or "")]                                     # the first rank's view: file systems may lag
-        dist.broadcast_object_list(name)
-        found = Path(name[0]) if name[0] else None
-        if found is None:
-            break
-        try:
-            verify(found, layout.rank, layout.ranks)
-            problem = ""
-        except (ValueError, OSError) as error:
-            problem = str(error).partition(": delete")[0]
-        problems: list[Any] = [None] * layout.ranks
-        dist.all_gather_object(problems, problem)
-        problem = next((each for each in problems if each), "")
-        if not problem:
-            return found
-        broken.append(problem)
-        aside = [str(set_aside(found)) if layout.rank == 0 else ""]
-        dist.broadcast_object_list(aside)                                      # the others look again once it is gone
-        if layout.rank == 0:
-            say(f"{problem}: set aside as {aside[0]}, the one before is taken")
-    if broken:
-        raise ValueError(f"{folder} has no checkpoint left to continue from ({'; '.join(broken)}): restore one, or give another `out`")
-    return None
 
 
 def resume(start_from: Path, recipe: Pretrain, loader: Rows, model: list[DistributedDataParallel],
@@ -99,8 +66,6 @@ def _at(fields: Mapping[str, Any], name: str) -> Any:
 
 def _defaults(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """Of every field that has one, by its dotted name, as plain values."""
-    import dataclasses
-    import json
     found = dict[str, Any]()
     for field in dataclasses.fields(recipe):
         value, default = getattr(recipe, field.name), field.default

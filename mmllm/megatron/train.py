@@ -23,13 +23,14 @@ from data.loader import Loader, Row
 from data.prefetch import prefetched
 from mmllm import spikes
 from mmllm.config import Pretrain, batch_at, recipe_fields, recipe_hash, rows_before
+from mmllm.manifest import find
 from mmllm.megatron import checkpoint, metrics, optim, parallel, warm
 from mmllm.megatron.batch import Rows, micro_batches
 from mmllm.megatron.checkpoint import SaveFailed, Saving
 from mmllm.megatron.dump import dump
 from mmllm.megatron.model import build
 from mmllm.megatron.parallel import Layout
-from mmllm.megatron.resume import find, resume
+from mmllm.megatron.resume import resume
 from mmllm.megatron.step import forward_backward
 from mmllm.megatron.validate import held_out, validate
 from mmllm.run import Log, StopOnSignal, highest, write_json
@@ -59,7 +60,7 @@ def run(recipe: Pretrain, loader: Rows, layout: Layout, stop: StopOnSignal, held
     """From the first step, or the newest checkpoint, to the last."""
     model = optim.wrap(build(recipe, layout, loader.vocab.size))
     optimizer = optim.make(recipe, model)
-    start_from = find(recipe.out / "checkpoints", layout)
+    start_from = find(recipe.out / "checkpoints")
     saved = resume(start_from, recipe, loader, model, optimizer) if start_from is not None else {"step": 0}
     if start_from is None and recipe.init is not None:
         warm.start(recipe.init, loader.vocab, model, optimizer, layout)

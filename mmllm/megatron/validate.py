@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from data.config import DataConfig
 from data.loader import Loader
 from mmllm.config import Pretrain
 from mmllm.megatron.batch import Rows, micro_batches
@@ -17,16 +14,7 @@ from mmllm.megatron.step import forward_backward
 
 def held_out(recipe: Pretrain, loader: Loader) -> Loader:
     """Where the rows come from: `validation`, or the shards of `data` named for it; encoded by the tokenizers of the training data."""
-    return Loader(held_config(recipe), loader.fingerprint)
-
-
-def held_config(recipe: Pretrain) -> DataConfig:
-    if recipe.validation is not None:
-        return recipe.validation
-    data, prefix = recipe.data, recipe.validation_prefix
-    stages = tuple(replace(stage, from_step=0, sources=tuple(replace(source, prefix=prefix, max_epochs=None) for source in stage.sources))
-                   for stage in data.stages[-1:])
-    return replace(data, prefix=prefix, stages=stages)
+    return Loader(recipe.validation or recipe.data.held_out(recipe.validation_prefix), loader.fingerprint)
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from data.index import read_manifest
 from data.vocab import Vocab
-from mmllm.config import Model, Parallel, Pretrain, batch_at, rows_before, violations, with_ranks
+from mmllm.config import Model, Parallel, Pretrain, batch_at, rows_before, with_ranks
 from mmllm.hf_config import read_model
 from mmllm.plan.job import Job, padded
 from mmllm.runs import sft_recipe
 from mmllm.runs.sft_recipe import Sft
+from mmllm.violations import violations
 
 
 @dataclass(frozen=True, kw_only=True)

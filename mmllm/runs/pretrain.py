@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from mmllm import launch
-from mmllm.config import Pretrain, check, with_ranks
+from mmllm.config import Pretrain, with_ranks
+from mmllm.violations import check
 
 STOPPED = 143
 """Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from data.loader import Row
 from data.vocab import Vocab
 from mmllm import streams
-from mmllm.manifest import MANIFEST, STATE, entry, finish, newest, read_state, set_aside, tidy, verify
-from mmllm.progress import say
+from mmllm.manifest import MANIFEST, STATE, entry, find, finish, read_state
 from mmllm.run import write_json
 from mmllm.runs.sft_engine import quiet
 from mmllm.runs.sft_recipe import Sft, fields_of, kept
@@ -89,39 +88,6 @@ def go_on(saved: Mapping[str, Any], recipe: Sft, rows: Rows) -> list[str]:
     except ValueError as error:
         differing.append(str(error))
     return differing
-
-
-def find(folder: Path) -> Path | None:
-    """The newest checkpoint that is what it was when it was saved; every rank reads a part of the files. Broken ones are set aside, with
-    a line. Errors: ValueError where there are checkpoints, all of them broken."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if rank == 0 and folder.is_dir():
-        tidy(folder)
-    broken = list[str]()
-    while True:
-        name = [str(newest(folder) or "")]
-        dist.broadcast_object_list(name)  # the first rank's view: file systems may lag
-        if not name[0]:
-            break
-        problems: list[Any] = [None] * ranks
-        dist.all_gather_object(problems, _problem(Path(name[0]), rank, ranks))
-        if not any(problems):
-            return Path(name[0])
-        broken.append(next(problem for problem in problems if problem))
-        if rank == 0:
-            say(f"{broken[-1]}: set aside as {set_aside(Path(name[0]))}, the one before is taken")
-        dist.barrier()
-    if broken:
-        raise ValueError(f"{folder} has no checkpoint left to continue from ({'; '.join(broken)}): restore one, or give another `out`")
-    return None
-
-
-def _problem(checkpoint: Path, part: int, parts: int) -> str:
-    try:
-        verify(checkpoint, part, parts)
-    except (ValueError, OSError) as error:
-        return str(error).partition(": delete")[0]
-    return ""
 
 
 def name_of(model: Path) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,11 +106,7 @@ class Sft:
     @property
     def held_out(self) -> DataConfig:
         """Where the rows of validation come from: of a mixture, the last stage."""
-        if self.validation is not None:
-            return self.validation
-        stages = tuple(replace(stage, from_step=0, sources=tuple(replace(source, prefix=self.validation_prefix, max_epochs=None)
-                                                                 for source in stage.sources)) for stage in self.data.stages[-1:])
-        return replace(self.data, prefix=self.validation_prefix, stages=stages)
+        return self.validation or self.data.held_out(self.validation_prefix)
 
 
 CONTINUABLE = ("out", "init", "data", "loader_workers", "save_every", "keep_last", "validate_every", "validation", "validation_prefix",

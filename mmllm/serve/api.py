@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -109,22 +110,22 @@ class Server(uvicorn.Server):
         self._ending = True
 
         def end() -> None:
+            say(f"stopping: what runs may take {self.service.settings.stop_s:g} s more")
             self.service.worker.stop(self.service.settings.stop_s)
             self.should_exit = True
 
         threading.Thread(target=end, name="stop", daemon=True).start()
 
 
-def main(model: Path, settings: Settings, device: str | None = None) -> None:
+def main(model: Path, settings: Settings, device: str | None = None, dtype: torch.dtype = torch.float32, int8: bool = False) -> None:
     """Serve a model folder until told to stop. Errors: ValueError, OSError."""
-    engine = Engine.load(model, device)
-    app = build(engine, settings)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
+    try:  # before a model is loaded
         listening = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
-        raise OSError(f"nothing can listen on {settings.host}:{settings.port} ({error.strerror}): give another --port") from error
-    run(app, settings, listening)
+        raise OSError(f"cannot listen on {settings.host}:{settings.port} ({error.strerror}): give another --host or --port") from error
+    with listening:
+        run(build(Engine.load(model, device, dtype, int8), settings), settings, listening)
 
 
 def run(app: FastAPI, settings: Settings, listening: socket.socket) -> None:

@@ -92,17 +92,14 @@ async def _begun(service: Service, asked: ChatRequest, ticket: Ticket) -> Conver
     plan, seed = _plan(service, asked, len(prompt)), seed_of(asked.seed)
     service.fits(prompt, plan.most(service.engine.grammar.longest), "messages")
     ticket.start([Row(prompt=prompt, plan=plan, key=request_key(seed, number, prompt)) for number in range(ticket.count)])
-    return Conversation(len(prompt), seed, folder.text.fingerprint)
+    return Conversation(len(prompt), seed, service.fingerprint)
 
 
 def _plan(service: Service, asked: ChatRequest, prompt_len: int) -> Plan:
     settings = service.settings
-    most = asked.max_completion_tokens or asked.max_tokens
-    if most is None:  # nobody asked for so many: no more than the model has room for
-        room = service.engine.folder.max_len - prompt_len - asked.max_pictures * service.engine.grammar.longest
-        most = max(1, min(settings.max_text // 4, room))
-    if most > settings.max_text:
-        raise Refusal(400, f"max_tokens: {most:,} is over the limit of {settings.max_text:,}", param="max_tokens", code="too_many")
+    room = service.engine.folder.max_len - prompt_len - asked.max_pictures * service.engine.grammar.longest
+    # an upper bound, of the client as of ours: who asks for more gets an answer that ends by length
+    most = max(1, min(asked.max_completion_tokens or asked.max_tokens or settings.max_text // 4, settings.max_text, room))
     text = Sampling(temperature=asked.temperature or 0.0, top_k=asked.top_k or 0, top_p=asked.top_p or 1.0)
     warmth = settings.image_temperature if asked.image_temperature is None else asked.image_temperature
     image = Sampling(temperature=warmth, top_k=asked.image_top_k or 0, top_p=asked.image_top_p or 1.0)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Seed = Annotated[int, Field(ge=-2**63, lt=2**63)]
-Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+# what rounds to zero in float32 would be a division by it, or no id at all
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(lambda value: value if value > 1e-6 else 0.0)]
+TopP = Annotated[float, Field(ge=1e-6, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=0, lt=2**31)]
 Guidance = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -80,8 +81,11 @@ class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1, max_length=1_000)
     n: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
+    """Of text, at most; the server has a limit of its own."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The same under its newer name."""
     temperature: Temperature | None = None
+    """Of text; 0, which takes the likeliest, where it is not given."""
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None

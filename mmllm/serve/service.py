@@ -1,8 +1,10 @@
 """What the routes of one process share, and the checks that all of them make."""
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fastapi import Request
 
@@ -31,6 +33,14 @@ class Service:
     def of(cls, engine: Engine, settings: Settings) -> "Service":
         metrics = Metrics()
         return cls(engine, settings, metrics, Pictures(engine, settings), Worker(engine, settings, metrics))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files of the model folder as they lie there; weights of gigabytes are not read for it."""
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.engine.folder.path.rglob("*") if path.is_file()):
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+        return f"fp_{digest.hexdigest()[:16]}"
 
     def known(self, model: str | None) -> None:
         """Errors: Refusal 404 for another model than the one that is served."""

@@ -37,7 +37,7 @@ class Settings:
     max_prompt: int = 8_192
     """Tokens of a conversation or prompt, pictures included."""
     max_text: int = 1_024
-    """Text tokens of an answer, and what a client gets that names no number is a quarter of it."""
+    """Text tokens of an answer; a quarter of it where a client names no number."""
     max_n: int = 8
     """Answers or pictures of one request."""
     guidance: float = 1.0

@@ -24,6 +24,9 @@ log = logging.getLogger("mmllm.serve")
 JOINS = 8
 """Rows that join between two steps at most: those that run wait while prompts are read."""
 
+IDLE_BYTES = 64 << 20
+"""Keys and values that are held while nobody asks."""
+
 
 class Ticket:
     """One request's rows: a place in line from the start, events as they come, and gone when it is left."""
@@ -91,6 +94,7 @@ class Worker:
         metrics.gauges |= {
             "mmllm_rows_running": ("Rows in the batch", lambda: len(self._running)),
             "mmllm_rows_waiting": ("Rows in line", self.waiting),
+            "mmllm_cache_bytes": ("Keys and values of the batch", lambda: self.held_bytes),
             "mmllm_stopping": ("1 while the server ends", lambda: self.stopping),
         }
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
@@ -101,6 +105,11 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def held_bytes(self) -> int:
+        """Keys and values of the batch."""
+        return self._batch.cache.nbytes
 
     def waiting(self) -> int:
         return sum(ticket.waiting for ticket in tuple(self._tickets))
@@ -169,6 +178,8 @@ class Worker:
                     self._join(place)
                 if self._running:
                     self._step()
+                if not self._running and not self._line and self.held_bytes > IDLE_BYTES:  # a long row has widened all
+                    self._batch = self.engine.batching(2 * self.settings.rows)
             except Exception:  # memory, mostly: everybody in the batch is told, the next are served
                 log.exception("a step failed")
                 failed = {place.ticket for place in (*self._running.values(), *joining)}

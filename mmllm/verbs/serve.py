@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from mmllm.serve.settings import Settings
 from mmllm.verbs.verb import Verb
@@ -15,14 +16,21 @@ class Serve(Settings):
     """Model folder."""
     device: str | None = None
     """cpu or cuda; a GPU where there is one by default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; in bfloat16 a close call may depend on who else asks."""
+    int8: bool = False
+    """Matrices in a byte a number, for memory."""
 
 
 def serve(args: Serve) -> None:
+    import torch
+
     try:
         from mmllm.serve.api import main
     except ModuleNotFoundError as error:
         raise ValueError(f"`mmllm serve` needs {error.name}: pip install 'mmllm[serve]'") from error
-    main(args.model, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}), args.device)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    main(args.model, settings, args.device, getattr(torch, args.dtype), args.int8)
 
 
 VERBS = {"serve": Verb(Serve, serve, ("model",))}

@@ -31,10 +31,11 @@ def simulated(group: Group) -> Table:
     n = len(key_hash)
     said = (16 * np.exp(np.log(125) * (key_hash >> np.uint64(40)).astype(np.float64) / 2**24)).astype(np.int32)
     zero, parts = np.zeros(n, np.int64), np.arange(n + 1, dtype=np.int64)
-    return Table(keys=np.zeros(0, np.bytes_), shard=np.repeat(np.arange(len(group.shards), dtype=np.int32), SHARD), offsets=zero, sizes=zero,
-                 key_hash=key_hash, first_part=2 * parts, kinds=np.tile(np.array([IMAGE, TEXT], np.int8), n),
-                 lengths=np.stack([np.full(n, 576, np.int32), said], 1).reshape(-1), is_pair=np.ones(n, np.bool_), turns=zero,
-                 pictures=zero + 579, said=said.astype(np.int64), asked=zero, questions=zero, first_prompt=parts, prompts=2 * parts[:-1] + 1)
+    shard = np.repeat(np.arange(len(group.shards), dtype=np.int32), SHARD)
+    return Table(keys=np.zeros(0, np.bytes_), shard=shard, offsets=zero, sizes=zero, key_hash=key_hash, first_part=2 * parts,
+                 kinds=np.tile(np.array([IMAGE, TEXT], np.int8), n), lengths=np.stack([np.full(n, 576, np.int32), said], 1).reshape(-1),
+                 is_pair=np.ones(n, np.bool_), turns=zero, pictures=zero + 579, said=said.astype(np.int64), asked=zero, questions=zero,
+                 first_prompt=parts, prompts=2 * parts[:-1] + 1)
 
 
 def measure(documents: int, row: int, row_len: int) -> dict[str, float]:
