@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja py-cpuinfo torch torchvision
 	$(PIP) --no-build-isolation deepspeed
-	$(PIP) -e ".[sft,eval,dev]"
+	$(PIP) -e ".[data,sft,serve,eval,dev]"
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmllm.launch import DEBUG_VARIABLE, FORESEEN, USER_ERROR, RankFailed
 from mmllm.progress import say
-from mmllm.verbs import convert, curate, data, evaluate, inspect, model, replay, store, tokenizer
+from mmllm.verbs import convert, curate, data, evaluate, inspect, model, replay, serve, store, tokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LEVELS = {"2": "quickstart_level2", "3": "quickstart_level3"}
@@ -98,7 +98,7 @@ def tokenizer_train(words: list[str]) -> None:
 
 
 VERBS = {**data.VERBS, **convert.VERBS, **inspect.VERBS, **curate.VERBS, **store.VERBS, **tokenizer.VERBS, **model.VERBS,
-         **evaluate.VERBS, **replay.VERBS}
+         **serve.VERBS, **evaluate.VERBS, **replay.VERBS}
 RECIPE_VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart, "tokenizer train": tokenizer_train, "pretrain": pretrain, "sft": sft, "plan": plan}
 

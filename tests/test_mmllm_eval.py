@@ -188,8 +188,8 @@ def test_a_folder_is_asked_as_it_was_trained(chat: bool) -> None:
 def test_bits_are_those_of_the_likelihood(engine: Engine) -> None:
     raw = world()[2]
     some = [item for item in items(raw, None, QUICK.limit) if item.split == "seen"]
-    found = log_likelihood(engine, coded(engine, [item.picture for item in some], [item.name for item in some]), [item.texts[0] for item in some],
-                           [(i, i) for i in range(len(some))])
+    codes = coded(engine, [item.picture for item in some], [item.name for item in some])
+    found = log_likelihood(engine, codes, [item.texts[0] for item in some], [(i, i) for i in range(len(some))])
     scores, nats = measured()[0]["tasks"]["perplexity"]["scores"], -found["text"].sum().item()
     size = sum(len(item.texts[0].encode()) for item in some)
     assert scores["seen/text after its picture, bits/byte"]["value"] == pytest.approx(nats / np.log(2) / size, rel=1e-5)
@@ -263,12 +263,13 @@ def test_a_distance_of_features_is_the_plain_one_and_none_to_themselves() -> Non
 def test_clip_scores_are_the_cosines_of_open_clip_s_own_model(tmp_path: Path) -> None:
     import open_clip
 
-    shape = {"embed_dim": 8, "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
+    shape: Any = {"embed_dim": 8, "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
              "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}
     torch.manual_seed(0)
     whole = open_clip.CLIP(**shape).eval()
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": statistics}))
     torch.save(whole.state_dict(), tmp_path / "clip/open_clip_pytorch_model.bin")
     clip = Clip.load(f"open_clip:{tmp_path / 'clip'}", torch.device("cpu"))
     picture, text = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8), "a red star"
@@ -276,9 +277,10 @@ def test_clip_scores_are_the_cosines_of_open_clip_s_own_model(tmp_path: Path) ->
         image = whole.encode_image(torch.from_numpy(picture / 127.5 - 1).float().movedim(-1, 0)[None], normalize=True)
         words = whole.encode_text(open_clip.SimpleTokenizer(context_length=12)([text]), normalize=True)
     assert clip_scores(clip, [picture], [text]).tolist() == pytest.approx([max(0.0, 100 * float(image[0] @ words[0]))], abs=1e-3)
-    found = evaluate(*world()[::2], tmp_path / "out", replace(QUICK, tasks=("pictures",), prefix="seen-", clip_name=str(tmp_path / "clip"),
-                                                              clip_weights=tmp_path / "clip/open_clip_pytorch_model.bin"))
-    scores = found["tasks"]["pictures"]["scores"]
+    how = replace(QUICK, tasks=("pictures",), prefix="seen-", clip_name=str(tmp_path / "clip"),
+                  clip_weights=tmp_path / "clip/open_clip_pytorch_model.bin")
+    model, _, raw = world()
+    scores = evaluate(model, raw, tmp_path / "out", how)["tasks"]["pictures"]["scores"]
     assert {"seen/clip_score", "seen/clip_score of real pictures", "all/fid_clip:clip", "all/fd_teacher"} == set(scores)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import serving
 import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import VOCAB
 
 from mmllm.generate.batching import Reason, Request, decode
@@ -19,6 +21,7 @@ from mmllm.generate.sample import Sampling
 from mmllm.serve.metrics import Metrics
 from mmllm.serve.refusal import Refusal
 from mmllm.serve.settings import Settings
+from mmllm.serve.stops import Stops
 from mmllm.serve.transcript import End, Event, Line, Transcript, Words
 from mmllm.serve.worker import Worker
 
@@ -103,6 +106,18 @@ def test_half_a_character_at_the_end_is_told_as_what_it_is() -> None:
     transcript, ids = Transcript(VOCAB, text), text.encode("✓")[:-1]
     told = [event for place, token in enumerate(ids) for event in transcript.take(token, "length" if place == len(ids) - 1 else "")]
     assert [type(event) for event in told] == [Words, End] and isinstance(told[-1], End) and told[-1].reason == "length"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=4), st.integers(1, 5))
+def test_text_in_pieces_ends_at_the_first_stop_word_as_text_in_one_does(text: str, words: list[str], size: int) -> None:
+    stops = Stops(words)
+    told = "".join(stops.take(text[at:at + size]) for at in range(0, len(text), size)) + stops.take("", last=True)
+    met = [end for end in range(len(text) + 1) for word in words if text[:end].endswith(word)]  # where a word is whole
+    expected = min((text.find(word) for word in words if word in text), default=len(text))
+    assert told == text[:expected] or (met and text[:min(met)].startswith(told))
+    assert not any(word in told for word in words)
+    assert stops.met == bool(met)
 
 
 # The line ---------------------------------------------------------------------------------------------------------

@@ -269,9 +269,10 @@ class Batch:
             if high - low == 1:
                 ids = [low] * len(members)
             else:
-                logits = self.decoder.logits(self._of([one.row for one in members]), low, high)
+                asked = [one.row for one in members] + [one.blank for one in members if guidance != 1.0]
+                logits = self.decoder.logits(self._of(asked), low, high)
                 if guidance != 1.0:
-                    blank = self.decoder.logits(self._of([one.blank for one in members]), low, high)
+                    logits, blank = logits.chunk(2)
                     logits = blank + guidance * (logits - blank)
                 if members[0].state == TEXT:
                     logits = logits.masked_fill(self.forbidden[[int(one.begins) for one in members]], -torch.inf)

@@ -24,8 +24,8 @@ class Cache:
 
     keys: list[Tensor]  # L × [R, G, T, k]
     values: list[Tensor]
-    cos: Tensor  # [T, k / 2] of the rotary angle at each position
-    sin: Tensor
+    cos: Tensor  # [T, k] of the rotary angle at each position, for both halves
+    sin: Tensor  # [T, k], negative in the first half
     length: NDArray[np.int64]  # [R]
 
     @property

@@ -32,8 +32,7 @@ class Layer:
     norm: Tensor  # [d]
     qkv: Weight  # [(H + 2 G) k, d]
     qkv_bias: Tensor | None  # [(H + 2 G) k]
-    q_norm: Tensor | None  # [k]
-    k_norm: Tensor | None
+    qk_norm: Tensor | None  # [H + G, k]
     out: Weight  # [d, H k]
     mlp_norm: Tensor  # [d]
     gate_up: Weight  # [2 f, d]
@@ -71,7 +70,8 @@ class Decoder:
         shape = (rows, self.num_groups, columns, self.head_dim)
         angle = torch.arange(columns, device=self.device)[:, None] * self.inverse_frequencies  # [T, k / 2]
         empty = [[self.norm.new_zeros(shape) for _ in self.layers] for _ in range(2)]
-        return Cache(empty[0], empty[1], angle.cos().to(self.norm), angle.sin().to(self.norm), np.zeros(rows, np.int64))
+        cos, sin = angle.cos().to(self.norm), angle.sin().to(self.norm)
+        return Cache(empty[0], empty[1], torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1), np.zeros(rows, np.int64))
 
     def start(self, prompts: Sequence[Sequence[int]], columns: int) -> tuple[Tensor, Cache]:
         """Read prompts. → hidden state of each last token [b, d], and a cache with room for `columns` more."""
@@ -97,13 +97,13 @@ class Decoder:
             raise ValueError(f"a row would hold {used:,} tokens, the cache has room for {cache.columns:,}: plan more columns")
         place, mask = slice(first, used), None
         if even := bool((start == first).all()):
-            cos, sin = cache.cos[None, place, None], cache.sin[None, place, None]  # [1, s, 1, k / 2]
+            cos, sin = cache.cos[None, place, None], cache.sin[None, place, None]  # [1, s, 1, k]
             if s > 1:
                 column = torch.arange(used, device=ids.device)
                 mask = (column > column[first:, None])[None]  # [1, s, T]
         else:
             position = torch.from_numpy(start[:, None] + np.arange(s)).to(ids.device)  # [b, s]
-            cos, sin = cache.cos[position][:, :, None], cache.sin[position][:, :, None]  # [b, s, 1, k / 2]
+            cos, sin = cache.cos[position][:, :, None], cache.sin[position][:, :, None]  # [b, s, 1, k]
             mask = torch.arange(used, device=ids.device) > position[..., None]  # [b, s, T]
             place = (torch.arange(row, row + b, device=ids.device)[:, None], position)
         if mask is not None:
@@ -132,36 +132,32 @@ class Decoder:
     def _attend(self, x: Tensor, layer: Layer, views: tuple[Tensor, Tensor], write: Any, seen: tuple[Tensor, Tensor], cos: Tensor,
                 sin: Tensor, mask: Tensor | None) -> Tensor:
         """x [b, s, d] → [b, s, d]. Writes new keys and values at `write` of views [rows, columns, G, k], then looks at `seen`
-        [b, G, T, k]. cos and sin [b or 1, s, 1, k / 2], mask [b or 1, s, T]."""
+        [b, G, T, k]. cos and sin [b or 1, s, 1, k], mask [b or 1, s, T]."""
         b, s, k, groups = x.shape[0], x.shape[1], self.head_dim, self.num_groups
         joined = linear(x, layer.qkv)
         qkv = (joined if layer.qkv_bias is None else joined + layer.qkv_bias).view(b, s, -1, k)
-        q, key, value = qkv.split([self.num_heads, groups, groups], dim=2)  # [b, s, H or G, k]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, key = self._rms(q, layer.q_norm), self._rms(key, layer.k_norm)
-        views[0][write], views[1][write] = _rotate(key, cos, sin), value
-        q, (keys, values) = _rotate(q, cos, sin), seen
+        qk, value = qkv.split([self.num_heads + groups, groups], dim=2)  # [b, s, H + G or G, k]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (k,), None, self.eps) * layer.qk_norm
+        # rotary positions in halves: low cos − high sin, high cos + low sin
+        q, key = torch.addcmul(qk * cos, qk.roll(k // 2, -1), sin).split([self.num_heads, groups], dim=2)
+        views[0][write], views[1][write], (keys, values) = key, value, seen
         if x.is_cuda or s > LONG:
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, None if mask is None else mask[:, None],
                                                    scale=self.scale, enable_gqa=self.num_heads != groups).transpose(1, 2)  # [b, s, H, k]
             return linear(mixed.reshape(b, s, -1), layer.out)
-        q = q.view(b, s, groups, -1, k).permute(0, 2, 3, 1, 4)  # [b, G, r, s, k]
+        q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [b, G, r, s, k]
         # plain products: scaled_dot_product_attention is several times slower for short rows on a CPU
-        scores = q.reshape(b, groups, -1, k) @ keys.transpose(2, 3) * self.scale  # [b, G, r s, T]
-        if mask is not None:
-            scores = (scores.view(b, groups, -1, s, keys.shape[2]) + mask[:, None, None]).view_as(scores)
-        mixed = scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ values  # [b, G, r s, k]
+        q = q.reshape(b * groups, -1, k)
+        over = q.new_zeros(1, 1, 1) if mask is None else mask[:, None, None].expand(b, groups, q.shape[1] // s, s, -1).reshape(
+            b * groups, -1, mask.shape[-1])
+        scores = torch.baddbmm(over, q, keys.flatten(0, 1).transpose(1, 2), alpha=self.scale)  # [b G, r s, T]
+        mixed = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(x.dtype), values.flatten(0, 1))
         mixed = mixed.view(b, groups, -1, s, k).permute(0, 3, 1, 2, 4)  # [b, s, G, r, k]
         return linear(mixed.reshape(b, s, -1), layer.out)
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in halves: x [b, s, H, k]."""
-    low, high = x.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
 
 def build(config: Mapping[str, object], tensors: Mapping[str, Tensor], device: torch.device | str = "cpu",
@@ -182,14 +178,16 @@ def build(config: Mapping[str, object], tensors: Mapping[str, Tensor], device: t
         joined = torch.cat([tensor(name) for name in names])
         return to_int8(joined) if int8 else joined
 
+    counts = {"q": shape.num_attention_heads, "k": shape.groups}
+
     def layer(number: int) -> Layer:
         prefix = f"model.layers.{number}."
         return Layer(
             norm=tensor(prefix + "input_layernorm.weight"),
             qkv=matrix(*(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv")),
             qkv_bias=torch.cat([tensor(f"{prefix}self_attn.{name}_proj.bias") for name in "qkv"]) if shape.qkv_bias else None,
-            q_norm=tensor(prefix + "self_attn.q_norm.weight") if shape.qk_layernorm else None,
-            k_norm=tensor(prefix + "self_attn.k_norm.weight") if shape.qk_layernorm else None,
+            qk_norm=torch.cat([tensor(f"{prefix}self_attn.{name}_norm.weight").expand(count, -1) for name, count in counts.items()])
+            if shape.qk_layernorm else None,
             out=matrix(prefix + "self_attn.o_proj.weight"),
             mlp_norm=tensor(prefix + "post_attention_layernorm.weight"),
             gate_up=matrix(*(f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up"))),

@@ -18,11 +18,12 @@ from data import chat
 from mmllm.generate.batching import Request as Row
 from mmllm.generate.plan import Plan
 from mmllm.generate.sample import Sampling, request_key
-from mmllm.serve.answer import Stream, events, sse, unless_gone
+from mmllm.serve.answer import Stream, sse, unless_gone
 from mmllm.serve.pictures import data_url
 from mmllm.serve.refusal import Refusal
 from mmllm.serve.schema import STREAMED, ChatRequest, ImagePart, ImageUrl, Message, Part, Problem, TextPart
 from mmllm.serve.service import Service, client_of, seed_of
+from mmllm.serve.stops import told
 from mmllm.serve.transcript import End, Line, Words
 from mmllm.serve.worker import Ticket
 
@@ -151,58 +152,10 @@ def _parts(message: Message, number: int) -> list[Part]:
 
 # Out --------------------------------------------------------------------------------------------------------------
 
-class Stops:
-    """Text up to the first of some words; what may be the beginning of one is held back."""
-
-    def __init__(self, stop: str | list[str] | None) -> None:
-        self.words = [word for word in ([stop] if isinstance(stop, str) else stop or []) if word]
-        self.held, self.met = "", False
-
-    def take(self, text: str, last: bool = False) -> str:
-        """→ what may be told."""
-        if self.met:
-            return ""
-        text, self.held = self.held + text, ""
-        if (first := min((at for word in self.words if (at := text.find(word)) >= 0), default=-1)) >= 0:
-            self.met = True
-            return text[:first]
-        keep = 0 if last else max((size for word in self.words for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
-        self.held = text[len(text) - keep:]
-        return text[:len(text) - keep]
-
-
-async def _told(asked: ChatRequest, ticket: Ticket) -> AsyncIterator[tuple[int, Words | Line | End] | None]:
-    """Events of the rows up to their stop words, until all have ended."""
-    stops, running = [Stops(asked.stop) for _ in range(ticket.count)], set(range(ticket.count))
-    words, codes = [0] * ticket.count, [0] * ticket.count  # tokens so far
-    async for event in events(ticket):
-        if event is None:
-            yield None
-            continue
-        row, what = event
-        if row not in running:
-            continue
-        over = isinstance(what, End)
-        if isinstance(what, Words):
-            words[row] += what.tokens
-            if text := stops[row].take(what.text):
-                yield row, Words(text, what.tokens)
-        elif text := stops[row].take("", last=True):  # a picture or the end: no stop word goes on
-            yield row, Words(text, 0)
-        if isinstance(what, Line):
-            codes[row] += what.codes.size // what.grid[0]
-            yield row, what
-        if over or stops[row].met:
-            running.discard(row)
-            yield row, what if isinstance(what, End) else End("stop", words[row], codes[row])
-        if not running:
-            return
-
-
 async def _whole(service: Service, asked: ChatRequest, conversation: Conversation, ticket: Ticket) -> dict[str, Any]:
     rows: list[list[dict[str, Any]]] = [[] for _ in range(ticket.count)]
     ends = dict[int, End]()
-    async for event in _told(asked, ticket):
+    async for event in told(asked.stop, ticket):
         if event is None:
             continue
         row, what = event
@@ -240,7 +193,7 @@ async def _chunks(service: Service, asked: ChatRequest, conversation: Conversati
 
     for row in range(ticket.count):
         yield chunk(row, {"role": "assistant", "content": ""})
-    async for event in _told(asked, ticket):
+    async for event in told(asked.stop, ticket):
         if event is None:
             yield ": waiting\n\n"
             continue

@@ -5,8 +5,9 @@ import { ask, server } from "./api.js";
 import { choice, el, problem, starter, submitsOnEnter } from "./dom.js";
 import { fromFile } from "./pictures.js";
 
-const COLOURS = [["probability", "how likely the code was"], ["gain", "what the words changed"], ["codes", "which code"],
-                 ["none", "nothing"]];
+const COLOURS = [["probability", "how likely", "Dark where the code was unlikely."],
+                 ["gain", "what the words changed", "Green where the words made the code likelier, red where they made it less likely."],
+                 ["codes", "which code", "A colour for each code."], ["none", "nothing", "The picture as it is painted."]];
 const percent = (p) => p >= 0.001 ? `${(100 * p).toPrecision(3)} %` : p.toExponential(1);
 const hue = (code) => (code * 137.508) % 360; // neighbours in number are far in colour
 
@@ -15,7 +16,8 @@ export function tokensView(root) {
   const words = el("input", { type: "text", id: "tokens-words", placeholder: "words it may have been drawn for" });
   const pick = el("input", { type: "file", accept: "image/*", hidden: true, id: "tokens-file",
                              onchange: () => { take([...pick.files]); pick.value = ""; } });
-  const book = choice("Book", []), colour = choice("Colour shows", COLOURS);
+  const book = choice("Book", []), colour = choice("Colour", COLOURS);
+  const legend = el("small", {});
   const image = el("img", { alt: "", onload: () => image.classList.toggle("pixels", image.naturalWidth < 200) });
   const cells = el("div.cells", { role: "grid", "aria-label": "Codes of the picture" });
   const board = el("div.board", { hidden: true }, image, cells);
@@ -56,6 +58,7 @@ export function tokensView(root) {
   }
 
   function paint() {
+    legend.textContent = COLOURS.find(([name]) => name === colour.value)[2];
     const [h, w] = told.grid, chosen = Math.min(Number(book.value) || 0, told.books - 1);
     if (book.select.options.length !== told.books) {
       book.select.replaceChildren(...Array.from({ length: told.books }, (_, i) => el("option", { value: i }, `${i}`)));
@@ -140,7 +143,7 @@ export function tokensView(root) {
   submitsOnEnter(words, () => go.run());
   const form = el("form.knobs", { onsubmit: (event) => { event.preventDefault(); go.run(); } },
     el("button.drop", { type: "button", onclick: () => pick.click() }, "Choose, drop or paste a picture"), pick,
-    el("label", { htmlFor: words.id }, "Words"), words, colour.root, book.root, el("div.line", {}, go.root, undo), summary);
+    el("label", { htmlFor: words.id }, "Words"), words, colour.root, legend, book.root, el("div.line", {}, go.root, undo), summary);
   root.append(form, el("div.look", {}, board, side));
   book.root.hidden = true;
   return {
