@@ -72,7 +72,7 @@ def test_a_request_among_others_that_come_and_go_gets_what_it_gets_alone(engine:
         ends = [event for event in events if event.ticket == ticket and event.last]
         assert len(ends) == (len(got) == len(alone)) or ticket in cancelled
         pictures += got.count(VOCAB.boi)
-    assert pictures > 2
+    assert pictures > 0
 
 
 def test_pictures_of_different_sizes_are_drawn_together_and_whole(engine: Engine) -> None:

@@ -99,7 +99,7 @@ def one(engine: Engine, path: Path, question: str | None) -> str:
 def test_agreement_is_the_likelihood_of_the_prompt_as_a_description(engine: Engine) -> None:
     words, vocab = ["a red star", "please draw two blue squares above a green circle"], engine.folder.vocab
     codes = engine.draw(words, n=3, sampling=Sampling(temperature=3.0))
-    scores = agreement(replace(engine, batch=4), words, codes)
+    scores = agreement(replace(engine, batch=4), words, codes, "caption")
     for prompt, row, pictures in zip(words, scores, codes, strict=True):
         said = engine.folder.text.encode(prompt.removeprefix("please draw "))
         for score, picture in zip(row, pictures, strict=True):
@@ -110,6 +110,20 @@ def test_agreement_is_the_likelihood_of_the_prompt_as_a_description(engine: Engi
                 hidden, _ = engine.decoder.start([ids], 0)
                 slow += float(engine.decoder.logits(hidden, 0, vocab.first_image)[0].log_softmax(-1)[token])
                 ids = [*ids, token]
+            assert score == pytest.approx(slow, abs=1e-3)
+
+
+def test_the_other_judge_is_the_likelihood_of_the_picture(engine: Engine) -> None:
+    words, vocab = ["a red star", "how many blue squares above the green circle"], engine.folder.vocab
+    codes = engine.draw(words, n=2, sampling=Sampling(temperature=3.0))
+    scores = agreement(replace(engine, batch=3), words, codes)
+    for prompt, row, pictures in zip(words, scores, codes, strict=True):
+        for score, picture in zip(row, pictures, strict=True):
+            ids, slow = list(engine.draw_requests(prompt)[0].prompt), 0.0
+            for place, token in enumerate(vocab.image_ids(picture).tolist()):
+                low = vocab.first_image + place % 2 * vocab.codebook_size
+                logits = engine.decoder.logits(engine.decoder.start([ids], 0)[0], low, low + vocab.codebook_size)[0]
+                slow, ids = slow + float(logits.log_softmax(-1)[token - low]), [*ids, token]
             assert score == pytest.approx(slow, abs=1e-3)
 
 

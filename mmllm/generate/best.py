@@ -1,13 +1,18 @@
-"""Best of n by the model's own judgement: of several pictures the one it would most likely describe by the prompt.
+"""Best of n by the model's own judgement: no other model is asked which of several pictures shows the prompt.
 
-The measure is log p(prompt | picture) of the same weights, read as a description (self-assessment: ILLUME, Wang et al. 2024,
-arXiv:2412.06673, section 3.3, where it is also trained for; here it costs a reading for each picture and nothing else).
+Two judges, each a reading of the same weights:
+
+    picture     log p(picture | prompt): how likely the model finds it to have drawn this, at a temperature of 1
+    caption     log p(prompt | picture): how likely it would describe the picture so (self-assessment as ILLUME's, Wang et al. 2024,
+                arXiv:2412.06673, section 3.3, where it is trained for as well)
+
+The first needs no training in describing with a prompt's words, and chooses better where that is lacking (recipes/results/generate.md).
 
 Letters: p prompts, n pictures a prompt, b rows, s tokens, M books, h w code grid.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,35 +21,55 @@ from numpy.typing import NDArray
 from data import chat
 from mmllm.generate.engine import Engine
 
+Judge = Literal["picture", "caption"]
 
-@torch.inference_mode()
-def agreement(engine: Engine, prompts: Sequence[str], codes: NDArray[np.int32]) -> NDArray[np.float32]:
-    """How well pictures [p, n, M, h, w] show their prompts: log-probability, in nats, of the prompt as a description. → [p, n]"""
-    vocab, encode, decoder = engine.folder.vocab, engine.folder.text.encode, engine.decoder
-    p, n, _, h, w = codes.shape
-    words = [encode(_wanted(prompt)) for prompt in prompts]
-    asked = [vocab.user], [*encode(chat.DESCRIBE_REQUESTS[0]), vocab.assistant]
-    before, behind = asked if engine.folder.chat else ([], [])
-    shown = [[vocab.bos, *before, *chat.image(ids, (h, w), vocab), *behind] for ids in vocab.image_ids(codes.reshape(p * n, -1, h, w))]
-    scores = np.zeros(p * n, np.float32)
-    start = len(shown[0])
-    for first in range(0, p * n, engine.batch):
-        rows = range(first, min(first + engine.batch, p * n))
-        said = [words[row // n] for row in rows]
-        longest = max(map(len, said))
-        ids = torch.tensor([[*shown[row], *some, *[vocab.pad] * (longest - len(some))] for row, some in zip(rows, said, strict=True)],
-                           device=decoder.device)  # [b, s]
-        hidden = decoder.read(ids, decoder.room(*ids.shape), every=True)[:, start - 1:-1]
-        logp = decoder.logits(hidden, 0, vocab.first_image).log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0]
-        real = torch.tensor([[1.0] * len(some) + [0.0] * (longest - len(some)) for some in said], device=decoder.device)
-        scores[first:first + len(rows)] = (logp * real).sum(1).cpu().numpy()
+
+def agreement(engine: Engine, prompts: Sequence[str], codes: NDArray[np.int32], judge: Judge = "picture") -> NDArray[np.float32]:
+    """How well pictures [p, n, M, h, w] show their prompts, in nats. → [p, n]"""
+    vocab, encode = engine.folder.vocab, engine.folder.text.encode
+    p, n, M, h, w = codes.shape
+    pictures = vocab.image_ids(codes.reshape(p * n, M, h, w)).tolist()
+    if judge == "picture":
+        before = [list(engine.draw_requests(words, grid=(h, w))[0].prompt) for words in prompts]
+        books = [vocab.first_image + m * vocab.codebook_size for m in range(M)]
+        rows = [(before[i // n], picture) for i, picture in enumerate(pictures)]
+        scores = log_likelihood(engine, rows, [(low, low + vocab.codebook_size) for low in books])
+    else:
+        start, end = ([vocab.user], [*encode(chat.DESCRIBE_REQUESTS[0]), vocab.assistant]) if engine.folder.chat else ([], [])
+        said = [encode(_wanted(words)) for words in prompts]
+        rows = [([vocab.bos, *start, *chat.image(picture, (h, w), vocab), *end], said[i // n]) for i, picture in enumerate(pictures)]
+        scores = log_likelihood(engine, rows, [(0, vocab.first_image)])
     return scores.reshape(p, n)
 
 
-def best_of(engine: Engine, prompts: Sequence[str], n: int, **how: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+@torch.inference_mode()
+def log_likelihood(engine: Engine, rows: Sequence[tuple[list[int], list[int]]], ranges: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+    """Log-probability of each row's second ids behind its first, in nats. ranges: of ids among which they are chosen, in turn. → [b]"""
+    decoder, scores = engine.decoder, list[NDArray[np.float32]]()
+    for first in range(0, len(rows), engine.batch):
+        part = rows[first:first + engine.batch]
+        longest, most = max(len(before) + len(said) for before, said in part), max(len(said) for _, said in part)
+        ids = torch.tensor([[*before, *said, *[0] * (longest - len(before) - len(said))] for before, said in part], device=decoder.device)
+        place = torch.tensor([[min(len(before) + t, longest - 1) for t in range(most)] for before, _ in part], device=decoder.device)
+        real = torch.tensor([[t < len(said) for t in range(most)] for _, said in part], device=decoder.device)
+        row = torch.arange(len(part), device=decoder.device)[:, None]
+        hidden, wanted = decoder.read(ids, decoder.room(*ids.shape), every=True)[row, place - 1], ids[row, place]  # [b, s, d], [b, s]
+        total = hidden.new_zeros(len(part), dtype=torch.float32)
+        for turn, (low, high) in enumerate(ranges):
+            mine = slice(turn, None, len(ranges))
+            known = real[:, mine]
+            chosen = torch.where(known, wanted[:, mine] - low, 0)[..., None]
+            logp = decoder.logits(hidden[:, mine], low, high).log_softmax(-1).gather(-1, chosen)[..., 0]
+            total += torch.where(known, logp, 0).sum(1)
+        scores.append(total.cpu().numpy())
+    return np.concatenate(scores)
+
+
+def best_of(engine: Engine, prompts: Sequence[str], n: int, judge: Judge = "picture",
+            **how: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Draw n pictures for each prompt, as `Engine.draw` does, and order them. → codes [p, n, M, h, w], best first, and their scores."""
     codes = engine.draw(prompts, n=n, **how)
-    scores = agreement(engine, prompts, codes)
+    scores = agreement(engine, prompts, codes, judge)
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(codes, order[:, :, None, None, None], 1), np.take_along_axis(scores, order, 1)
 

@@ -48,7 +48,7 @@ class Drawing:
     grid: tuple[int, int] | None = None
     """(h, w) of codes."""
     best_of: int = 0
-    """Draw so many and keep the n that the model would most likely describe by the prompt; 0 draws n."""
+    """Draw so many and keep the n that the model judges best (mmllm/generate/best.py); 0 draws n."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= 10_000 or (self.best_of and self.best_of < self.n):

@@ -131,7 +131,8 @@ def main(model: Path, settings: Settings, device: str | None = None, dtype: torc
 def run(app: FastAPI, settings: Settings, listening: socket.socket) -> None:
     """Until SIGINT or SIGTERM."""
     host, port = listening.getsockname()[:2]
-    say(f"{settings.name} answers on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{settings.name} answers on {address}/v1, and its page is {address}/")
     if not settings.private and settings.api_keys is None:
         say("everybody who reaches that address may use it: --api-keys FILE lets in only who bears a key")
     service: Service = app.state.service

@@ -93,7 +93,7 @@ class Generate:
     grid: tuple[int, int] | None = None
     """Rows and columns of codes; the model's first if not given."""
     best_of: int = 0
-    """Draw so many and keep the n that the model would most likely describe by the prompt; 0 draws n."""
+    """Draw so many and keep the n that the model itself judges best; 0 draws n."""
     ahead: int = 0
     """Codes looked at in a pass (speculative Jacobi decoding): fewer passes, the same distribution, other pictures for a seed. 0 takes one
     after another."""

@@ -120,12 +120,13 @@ def scored(engine: Engine, world: World, count: int, guidance: float, temperatur
     flat = [one for some in four for one in some]
     codes = [engine.picture_of(one, ids) for one, ids in zip(flat, engine.decode(flat), strict=True)]
     grouped = np.stack(codes).reshape(len(asked), 4, *codes[0].shape)
-    best = agreement(engine, [prompt.text for prompt in asked], grouped).argmax(1)
     plain = np.stack([right(engine, world, asked, list(grouped[:, i])) for i in range(4)])  # [4, prompts]
-    chosen = right(engine, world, asked, [grouped[i, k] for i, k in enumerate(best)])
     out: dict[str, Any] = {"prompts": len(asked), "temperature": temperature, "one by one": interval(plain.mean(0)),
-                           "best of 4": interval(chosen), "best of 4, gain": interval(chosen - plain.mean(0)),
                            "any of 4 right": interval(plain.max(0))}
+    for judge in ("picture", "caption"):
+        best = agreement(engine, [prompt.text for prompt in asked], grouped, judge).argmax(1)
+        chosen = plain[best, np.arange(len(asked))]
+        out[f"best of 4 by {judge}"] = {"score": interval(chosen), "gain": interval(chosen - plain.mean(0))}
     one_by_one = len(codes[0].flatten())
     for name, how in (("ahead", Speculation()), ("ahead, delta 0.2", Speculation(delta=0.2)), ("ahead, delta 1", Speculation(delta=1.0))):
         groups = how.groups_of(engine.visual) if how.delta else None

@@ -18,6 +18,10 @@ let current = "";
 
 function show(name, focus = true) {
   if ($(`tab-${name}`).disabled) return;
+  if (!server.about) { // chosen before the server told what it has: `start` goes there
+    location.hash = name;
+    return;
+  }
   current = name;
   for (const tab of tabs) {
     const chosen = tab.id === `tab-${name}`;
