@@ -214,7 +214,8 @@ def test_pictures_are_dropped_chosen_and_taken_back_and_other_files_are_not(page
     page.dispatch_event("body", "drop", {"dataTransfer": files(page, b"hello", "hello.txt", "text/plain")})
     expect(page.get_by_role("alert")).to_have_text("hello.txt is no picture")
     page.dispatch_event("body", "drop", {"dataTransfer": files(page, b"hello", "hello.png")})
-    page.keyboard.press("Enter")
+    expect(page.locator(".shelf img")).to_have_count(2)
+    page.locator("#chat-say").press("Enter")
     expect(page.get_by_role("alert").last).to_contain_text("does not decode as a picture")
     expect(page.locator("#chat-say")).to_have_value("describe the picture")  # it was not answered: the words are back
 
@@ -288,10 +289,14 @@ def test_a_server_that_is_silent_or_gone_is_said_to_be(page: Any) -> None:
     page.click("#tab-draw")
     page.route("**/v1/images/generations", lambda route: None)
     page.fill("#draw-prompt", "a red star")
-    page.locator("#draw-prompt").press("Enter")
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Draw")).to_be_visible()
+    for stop in (lambda: page.keyboard.press("Escape"), lambda: page.get_by_role("button", name="Stop").click()):
+        page.locator("#draw-prompt").press("Enter")
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.locator("#draw-prompt").press("Enter")  # twice is not enough to stop
+        page.locator("#draw-n + input").press("Enter")
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        stop()
+        expect(page.get_by_role("button", name="Draw")).to_be_visible()
     assert page.get_by_role("alert").count() == 0
     page.unroute("**/v1/images/generations")
     page.context.set_offline(True)

@@ -128,7 +128,8 @@ def scored(engine: Engine, world: World, count: int, guidance: float, temperatur
         chosen = plain[best, np.arange(len(asked))]
         out[f"best of 4 by {judge}"] = {"score": interval(chosen), "gain": interval(chosen - plain.mean(0))}
     one_by_one = len(codes[0].flatten())
-    for name, how in (("ahead", Speculation()), ("ahead, delta 0.2", Speculation(delta=0.2)), ("ahead, delta 1", Speculation(delta=1.0))):
+    for delta in (0.0, 0.02, 0.2):
+        name, how = f"ahead, delta {delta}", Speculation(delta=delta)
         groups = how.groups_of(engine.visual) if how.delta else None
         drawn = [draw_ahead(engine.decoder, engine.grammar, flat[first:first + 256], how, groups) for first in range(0, len(flat), 256)]
         ahead = [engine.picture_of(one, ids) for one, ids in zip(flat, (ids for part in drawn for ids in part.ids), strict=True)]

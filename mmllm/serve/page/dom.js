@@ -46,16 +46,18 @@ export function choice(label, options) {
   return { root: el("div.knob", {}, el("label", { htmlFor: select.id }, label), select), get value() { return select.value; }, select };
 }
 
-// A button that starts work and, while it runs, stops it. work(signal) is given an AbortSignal. → { root, run }
+// A button that starts work and, while it runs, stops it; Enter in a form only starts. work(signal) is given an AbortSignal.
 export function starter(label, work, onproblem) {
   let running = null;
-  const button = el("button.main", { type: "submit" }, label);
+  const button = el("button.main", { type: "submit", onclick: (event) => {
+    if (!running) return;
+    event.preventDefault(); // the work ends before the click does, and would begin anew
+    running.abort();
+  } }, label);
   async function run() {
-    if (running) {
-      running.abort();
-      return;
-    }
+    if (running) return;
     running = new AbortController();
+    button.type = "button"; // no longer what Enter presses
     button.textContent = "Stop";
     button.classList.add("stops");
     try {
@@ -64,6 +66,7 @@ export function starter(label, work, onproblem) {
       if (error.name !== "AbortError") onproblem(error);
     } finally {
       running = null;
+      button.type = "submit";
       button.textContent = label;
       button.classList.remove("stops");
     }
