@@ -33,6 +33,8 @@ class DataConfig:
     """Share of text → image documents whose text is dropped, for guidance."""
     given_weight: float = 0.0
     """Loss weight of what is given: the prompt of a picture that is drawn, the picture that is described."""
+    answer_weight: float = 1.0
+    """Loss weight of the answers to questions about a picture: a yes or no is one token beside a description's ten."""
     long_documents: Literal["refuse", "drop", "split", "truncate"] = "refuse"
     """A sequence longer than a row ends the run, is left out, cut into several where a part or a turn ends, or loses what is behind the
     first such cut. What cannot be cut is left out. Counted."""

@@ -198,4 +198,4 @@ class Loader:
             return sequence.draw(doc, None if choice.prompt < 0 else choice.prompt, vocab, given)
         key_hash = self.plan.table(*place[:3]).key_hash[place.number]
         order = question_order(self.config.seed, key_hash, place.epoch, doc.kinds.count(QUESTION))
-        return sequence.describe(doc, order, choice.text_first, vocab, given)
+        return sequence.describe(doc, order, choice.text_first, vocab, given, self.config.answer_weight)

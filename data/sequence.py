@@ -88,9 +88,10 @@ def draw(doc: TokenDocument, caption: int | None, vocab: Vocab, given: float = 0
     return out.done()
 
 
-def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab, given: float = 0) -> TokenSequence:
+def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: Vocab, given: float = 0, answers: float = 1
+             ) -> TokenSequence:
     """Image → text and the questions in `order` (numbers 0 …) with their answers; the text directly behind the image, or last as
-    the answer to an empty question. `given`: weight of the picture."""
+    the answer to an empty question. `given`: weight of the picture; `answers`: of answers to questions."""
     image, text = doc.kinds.index(IMAGE), doc.kinds.index(TEXT)
     questions = [number for number, kind in enumerate(doc.kinds) if kind == QUESTION]
     turns = [(doc.part(questions[number]), doc.part(questions[number] + 1)) for number in order]
@@ -104,7 +105,7 @@ def describe(doc: TokenDocument, order: Sequence[int], text_first: bool, vocab: 
         out.add([vocab.user], text_first or number > 0)  # the end of what came before: the description or an answer
         out.add(question, 0)
         out.add([vocab.assistant], 0)
-        out.add(answer, 1)
+        out.add(answer, answers if len(question) else 1)
     return out.done()
 
 

@@ -85,6 +85,8 @@ class Quickstart:
     """Steps between checkpoints."""
     draw_ratio: float = 0.5
     """Share of pairs trained text → image."""
+    answer_weight: float = 4.0
+    """Of an answer to a question, beside other text: yes and no are learned all at once, and late without it."""
     text_loss_weight: float = 2.0
     """Weight of a text token in pretraining, an image token's being 1: answers are few among codes."""
     sft_steps: int = 100
@@ -253,7 +255,8 @@ def write_rows(path: Path, visual: VisualTokenizer, vocab: Vocab, recipe: Quicks
 
 
 def data_config(recipe: Quickstart) -> DataConfig:
-    return DataConfig(shards=recipe.out / "tokens", row_len=recipe.row_len, seed=recipe.seed, draw_ratio=recipe.draw_ratio)
+    return DataConfig(shards=recipe.out / "tokens", row_len=recipe.row_len, seed=recipe.seed, draw_ratio=recipe.draw_ratio,
+                      answer_weight=recipe.answer_weight)
 
 
 def pretrain_recipe(recipe: Quickstart) -> Pretrain:
