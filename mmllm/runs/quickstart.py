@@ -73,19 +73,19 @@ class Quickstart:
     """The decoder."""
     parallel: Parallel = field(default_factory=lambda: Parallel(ranks=2))
     """How ranks share pretraining: two data-parallel ones."""
-    optim: Optim = field(default_factory=lambda: Optim(lr=3e-3, warmup_steps=100, hold_ratio=0.35, betas=(0.9, 0.98)))
+    optim: Optim = field(default_factory=lambda: Optim(lr=3e-3, warmup_steps=100, hold_ratio=0.45, betas=(0.9, 0.98)))
     """Optimizer of pretraining."""
     row_len: int = 1024
     """Tokens in a packed row."""
     global_batch: int = 4
     """Rows a step, over all ranks."""
-    steps: int = 1550
+    steps: int = 2200
     """Optimizer steps of pretraining."""
     save_every: int = 500
     """Steps between checkpoints."""
     draw_ratio: float = 0.5
     """Share of pairs trained text → image."""
-    answer_weight: float = 4.0
+    answer_weight: float = 2.0
     """Of an answer to a question, beside other text: yes and no are learned all at once, and late without it."""
     text_loss_weight: float = 2.0
     """Weight of a text token in pretraining, an image token's being 1: answers are few among codes."""
