@@ -30,6 +30,14 @@ def _scrambled(values, salt):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
+def _uniform(values, salt):  # type: ignore[no-untyped-def]
+    out = np.empty(len(values), np.float64)
+    for i in range(len(values)):
+        out[i] = np.float64(_scramble(values[i], salt) >> np.uint64(11)) / 9007199254740992.0  # 2⁵³
+    return out
+
+
+@njit(cache=True)
 def _shuffled(positions, size, low, high, salt):  # type: ignore[no-untyped-def]
     out = np.empty_like(positions)
     low_mask, high_mask, one = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1), np.uint64(1)
@@ -64,7 +72,7 @@ def salted(*numbers: int) -> int:
 def uniform(seed: int, key_hash: NDArray[np.uint64], epoch: int, salt: int) -> NDArray[np.float64]:
     """A number in [0, 1) a sample, of (seed, key, epoch, salt)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + salt * 0x8CB92BA72F3D8DD7) % 2**64
-    return (scrambled(key_hash, mixed) >> np.uint64(11)).astype(np.float64) / 2**53
+    return _uniform(key_hash, np.uint64(mixed))
 
 
 def shuffled(positions: NDArray[np.int64], size: int, salt: int) -> NDArray[np.int64]:
