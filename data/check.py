@@ -23,6 +23,7 @@ from data import raw_check, shards, token_check
 from data.findings import Checked, Finding
 from data.images import ANY, Limits
 from data.index import index_path, read_index, read_manifest
+from data.processes import end_with_parent
 from data.raw_check import RawCheck
 from data.token_check import TokenCheck
 from data.vocab import Vocab
@@ -62,7 +63,7 @@ class Report:
 
 def holds_tokens(folder: Path) -> bool:
     """Whether a folder holds token shards, or what is left of them."""
-    return any((folder / name).exists() for name in ("manifest.json", "fingerprint")) or any(folder.glob("*.idx.npz"))
+    return any((folder / name).exists() for name in (MANIFEST, "fingerprint")) or any(folder.glob("*.idx.npz"))
 
 
 def check(folder: Path, *, quick: bool = False, limits: Limits = ANY, processes: int = 1, fix: Path | None = None,
@@ -114,7 +115,7 @@ def _check_tokens(folder: Path, quick: bool, processes: int, progress: Tell) -> 
         how = TokenCheck(vocab=Vocab.of(manifest["vocab"]), fingerprint=str(manifest["fingerprint"]), quick=quick)
         listed = {Path(name).name: dict(about) for name, about in manifest["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        return _report(folder, "token", [], [], [Finding("manifest.json", "", f"bad manifest: {error!r}")], None)
+        return _report(folder, "token", [], [], [Finding(MANIFEST, "", f"bad manifest: {error!r}")], None)
     findings = [Finding(name, "", f"missing shard: {MANIFEST} lists it") for name in listed if not (folder / name).is_file()]
     findings += [Finding(path.name, "", f"unlisted shard: {MANIFEST} does not know it")
                  for path in sorted(folder.glob("*.tar")) if path.name not in listed]
@@ -156,7 +157,8 @@ def _mapping(processes: int) -> Generator[Map]:
     if processes == 1:
         yield map
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:  # a fork takes torch's threads along
+    spawn = multiprocessing.get_context("spawn")  # a fork takes torch's threads along
+    with ProcessPoolExecutor(processes, spawn, end_with_parent) as pool:
         yield pool.map
 
 

@@ -10,15 +10,11 @@ samples are bad: what lies in OUT is a whole set.
 """
 
 import json
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import count, islice, zip_longest
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 
@@ -34,6 +30,7 @@ from data.convert_piece import (
 )
 from data.formats.piece import Piece
 from data.formats.which import FORMATS, recognised
+from data.processes import end_with_parent
 from data.skipped import Skipped
 
 VERSION = 1
@@ -106,20 +103,13 @@ def _converted(pieces: Sequence[Piece], how: Conversion, home: Path, processes: 
         yield from (convert_piece(piece, how, home) for piece in pieces)
         return
     # spawned: a fork takes torch's threads along as if they still ran
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(convert_piece, piece, how, home) for piece in pieces]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _end_with_parent() -> None:
-    """A process of a pool waits for work for ever, and so for a parent that was killed."""
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
 
 
 def _summary(name: str, records: Sequence[Record]) -> Summary:

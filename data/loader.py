@@ -117,8 +117,10 @@ class Shards:
 
 def opened(source: Source, config: DataConfig) -> "Shards | OnlineShards":
     """Token shards, or raw ones where the recipe names the tokenizers that encode them."""
-    if config.tokenizer is None or config.text is None:
+    if config.tokenizer is None and config.text is None:
         return Shards(source)
+    if config.tokenizer is None or config.text is None:
+        raise ValueError(f"data.tokenizer is {config.tokenizer} and data.text {config.text}: raw shards need both, token shards neither")
     from data.online import OnlineShards
 
     return OnlineShards(source, config.tokenizer, config.text)

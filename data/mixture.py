@@ -108,7 +108,8 @@ def take(cursor: Cursor, weights: NDArray[np.float64], limits: list[int | None],
     if not whole:
         return [0] * len(left), cursor
     due = tuple(d + round(block_len * w / whole * 2**UNIT) for d, w in zip(cursor.due, left, strict=True))
-    counts = [max(0, ((d + 2**(UNIT - 1)) >> UNIT) - ((before + 2**(UNIT - 1)) >> UNIT)) for d, before in zip(due, cursor.due, strict=True)]
+    half = 2**(UNIT - 1)
+    counts = [((d + half) >> UNIT) - ((before + half) >> UNIT) for d, before in zip(due, cursor.due, strict=True)]
     counts = [n if limit is None else min(n, limit - taken) for n, limit, taken in zip(counts, limits, cursor.taken, strict=True)]
     return counts, cursor._replace(taken=tuple(t + n for t, n in zip(cursor.taken, counts, strict=True)), due=due)
 

@@ -5,8 +5,9 @@ encodes for itself what it reads, which is what encoding once before training sa
 """
 
 import hashlib
+import os
 import tempfile
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,12 @@ class OnlineShards:
     def __init__(self, source: Source, visual: Path, text: Path) -> None:
         self.paths = shards.find(Path(source.shards), source.prefix)
         self.names = [path.name for path in self.paths]
-        self._visual, self._text = visual, text
-        model, said = self._tokenizers
-        self.vocab = vocab_of(model, said)
-        self.fingerprint = fingerprint(model.fingerprint, said.fingerprint, self.vocab)
+        self._visual, self._text = VisualTokenizer.load(visual), TextTokenizer.load(text)
+        self.vocab = vocab_of(self._visual, self._text)
+        self.fingerprint = fingerprint(self._visual.fingerprint, self._text.fingerprint, self.vocab)
         self._home = tempfile.TemporaryDirectory(prefix="mmllm-online-")
         self._target = lru_cache(None)(self._encoded)
         self.payload = lru_cache(None)(self._payload)
-
-    @cached_property
-    def _tokenizers(self) -> tuple[VisualTokenizer, TextTokenizer]:
-        return VisualTokenizer.load(self._visual), TextTokenizer.load(self._text)
 
     def plan(self) -> Listed:
         counts, hashes = list[int](), list[str]()
@@ -56,8 +52,10 @@ class OnlineShards:
         return store.open(self._target(number))
 
     def _encoded(self, number: int) -> Path:
-        model, said = self._tokenizers
-        target = Path(self._home.name) / self.names[number]
-        for _ in encode_shards([(self.paths[number], target)], model, said, self.vocab, self.fingerprint, Encoding()):
+        folder = Path(self._home.name) / str(os.getpid())  # workers that were forked write beside each other
+        folder.mkdir(exist_ok=True)
+        target = folder / self.names[number]
+        work = [(self.paths[number], target)]
+        for _ in encode_shards(work, self._visual, self._text, self.vocab, self.fingerprint, Encoding()):
             pass
         return target

@@ -6,7 +6,7 @@ window that fill it best. So rows hold the mixture as it comes (sorting a window
 documents into one step), and the result depends only on the lengths and their order. Best fit: Johnson et al. 1974, SIAM J. Comput.
 3(4); over a window, so that memory and what a row can hold of the future are bounded.
 
-Compiled by numba: 30 ns a document, where Python takes 2 µs.
+Compiled by numba: 5 to 90 ns a document (the more pairs are tried, the longer), where Python took 1.5 µs for less.
 """
 
 import numpy as np

@@ -7,6 +7,7 @@ name and a size, goes to a worker process as it is, and a million of them hold n
 A store that fails is an OSError, never a ValueError: an outage must not count as a bad document.
 """
 
+import io
 import mmap
 import os
 import random
@@ -72,11 +73,6 @@ def names(folder: Place) -> list[str]:
     inside = f"{path.rstrip('/')}/"
     found = {name.removeprefix(inside).rstrip("/") for name in _patiently(listed, remote) if name.startswith(inside)}
     return sorted(name for name in found if name and "/" not in name and "?" not in name)
-
-
-def size(place: Place) -> int:
-    """Bytes of a file. Errors: FileNotFoundError for none; OSError for a store that fails."""
-    return open(place).size
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
@@ -178,7 +174,7 @@ def _checked(content: Any, reader: Reader, offset: int, size: int) -> bytes:
     if isinstance(content, Exception):
         raise content
     if len(content) == reader.size > size:
-        raise NotImplementedError(f"the server sends the whole file where {size:,} bytes were asked for: copy it to a disk")
+        raise io.UnsupportedOperation(f"the server sends the whole file where {size:,} bytes were asked for: copy it to a disk")
     if len(content) != size:
         raise ConnectionError(f"{len(content):,} bytes came where {size:,} were asked for at byte {offset:,}")
     return content
@@ -237,5 +233,5 @@ def _final(error: BaseException) -> bool:
         return cause is None or _final(cause)  # fsspec's HTTP says so of anything that fails
     if isinstance(status := getattr(error, "status", None), int):
         return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | NotImplementedError
-                      | TypeError | KeyError | ImportError)
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | io.UnsupportedOperation
+                      | NotImplementedError | TypeError | KeyError | ImportError)

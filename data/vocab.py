@@ -88,10 +88,6 @@ class Vocab:
         """Ids that mean something; the model's rows are padded beyond."""
         return self.first_image + self.num_books * self.codebook_size
 
-    def padded(self, multiple: int) -> int:
-        """Embedding rows of a model whose row count divides by `multiple`."""
-        return -(-self.size // multiple) * multiple
-
     def image_ids(self, codes: ArrayLike) -> NDArray[np.int64]:
         """Codes [..., M, h, w] → ids [..., h * w * M]: position after position in raster order, the books of one together."""
         codes = np.asarray(codes, dtype=np.int64)

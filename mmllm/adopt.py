@@ -66,7 +66,7 @@ def adopt(base: Path, out: Path, visual_tokenizer: Path, init_rows: Path | None 
     given = _given(init_rows, vocab, model) if init_rows is not None else None
     ends = {vocab.bos: config.get("bos_token_id"), vocab.eos: config.get("eos_token_id")}
     copies = {ours: int(theirs[0] if isinstance(theirs, list) else theirs) for ours, theirs in ends.items() if theirs not in (None, [])}
-    rows = -(-vocab.size // model.vocab_multiple) * model.vocab_multiple
+    rows = model.vocab_rows(vocab.size)
     for name in (EMBEDDING,) if model.tie_embeddings else (EMBEDDING, HEAD):
         if name not in tensors or tensors[name].shape != (text.size, model.hidden_size):
             found = list(tensors[name].shape) if name in tensors else "absent"

@@ -93,6 +93,10 @@ class Model:
     def expert_width(self) -> int:
         return self.expert_ffn_hidden_size if self.expert_ffn_hidden_size is not None else self.ffn_hidden_size
 
+    def vocab_rows(self, ids: int) -> int:
+        """Ids that mean something → vocabulary rows."""
+        return -(-ids // self.vocab_multiple) * self.vocab_multiple
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
@@ -166,6 +170,11 @@ class Fp8:
     @property
     def alignment(self) -> int:
         return FP8_ALIGNMENT[self.scaling]
+
+    @property
+    def keeps_params(self) -> bool:
+        """Weights in 8 bits. Blocks of 128 cannot be gathered from the slices of the distributed optimizer."""
+        return self.scaling not in ("none", "blockwise") and self.params is not False
 
 
 @dataclass(frozen=True, kw_only=True)

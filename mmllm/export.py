@@ -13,8 +13,6 @@ from mmllm import hf, weights
 from mmllm.manifest import read_state
 from tokenizer.text import TextTokenizer
 
-MAX_LEN = 32_768
-
 
 def export(checkpoint: Path, out: Path, data: DataConfig | None, text_model: Path | None, visual_tokenizer: Path,
            dtype: torch.dtype | None = None) -> Path:
@@ -41,5 +39,5 @@ def _max_len(checkpoint: Path) -> int:
     begun = read_state(checkpoint)["recipe"].get("init")
     for folder in (checkpoint, *([Path(begun)] if begun else [])):
         if (folder / "base.json").is_file():
-            return int(json.loads((folder / "base.json").read_bytes()).get("max_position_embeddings", MAX_LEN))
-    return MAX_LEN
+            return int(json.loads((folder / "base.json").read_bytes()).get("max_position_embeddings", hf.MAX_LEN))
+    return hf.MAX_LEN

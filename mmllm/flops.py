@@ -33,14 +33,18 @@ def peak(device_name: str) -> tuple[str, float] | None:
                  if all(f" {word} " in f" {device_name.replace('-', ' ')} " for word in name.split())), None)
 
 
-def matrix_flops(model: Model) -> int:
-    """Of one token in one forward pass through the layers' matrices, 2 a weight that it meets."""
+def weights_met(model: Model) -> tuple[int, int]:
+    """By a token in a layer's matrices: dense ones, those of the experts it is routed to."""
     h, d = model.hidden_size, model.head_width
     attention = h * d * (2 * model.num_attention_heads + 2 * model.groups)    # queries and output, keys and values
-    mlp = 3 * h * model.ffn_hidden_size
-    if model.num_experts:  # those it is routed to, and the router
-        mlp = model.experts_per_token * 3 * h * (model.expert_ffn_hidden_size or model.ffn_hidden_size) + h * model.num_experts
-    return MULTIPLY_ADD * model.num_layers * (attention + mlp)
+    if not model.num_experts:
+        return attention + 3 * h * model.ffn_hidden_size, 0
+    return attention + h * model.num_experts, model.experts_per_token * 3 * h * model.expert_width     # the router is dense
+
+
+def matrix_flops(model: Model) -> int:
+    """Of one token in one forward pass through the layers' matrices, 2 a weight that it meets."""
+    return MULTIPLY_ADD * model.num_layers * sum(weights_met(model))
 
 
 def attention_flops(model: Model, length: int) -> int:

@@ -10,7 +10,6 @@ the model it started from), and the fast tokenizer built from it. A folder is wr
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -25,10 +24,13 @@ from mmllm import streams
 from mmllm.config import Model
 from mmllm.hf_config import model_config, read_model
 from mmllm.hf_text import write_tokenizer
+from mmllm.manifest import sync
 from tokenizer.text import TextTokenizer
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
+MAX_LEN = 32_768
+"""Tokens that a model reads unless something says otherwise."""
 OURS = ("mmllm.json", "config.json", "vocab.json", "text.model", "tokenizer.json", "visual_tokenizer")
 
 
@@ -92,7 +94,7 @@ def open_folder(path: Path) -> Folder:
 
 
 def write_folder(out: Path, tensors: streams.Tensors, model: Model, vocab: Vocab, text_model: Path,
-                 visual_tokenizer: Path, chat: bool, max_len: int = 32_768) -> None:
+                 visual_tokenizer: Path, chat: bool, max_len: int = MAX_LEN) -> None:
     """Write a model folder whole or not at all. tensors: Hugging Face names, vocabulary without padding rows."""
     text = TextTokenizer.load(text_model)
     if text.size != vocab.text_size:
@@ -146,8 +148,7 @@ def replaced(out: Path, mark: str = "mmllm.json") -> Generator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for path in (p for p in partial.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

@@ -101,7 +101,6 @@ def _rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(said.pop("rope_theta", config.get("rope_theta", 10_000.0)))
     kind = said.pop("rope_type", said.pop("type", "default"))
-    said.pop("type", None)
     if said.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json asks for a partial_rotary_factor, which the decoder here has not")
     fields: dict[str, Any] = {"rotary_base": base}

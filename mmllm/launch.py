@@ -43,6 +43,10 @@ TIMEOUT = datetime.timedelta(minutes=10)
 """A rank that waits longer for another takes it for dead."""
 
 
+STOPPED = 143
+"""Exit code of a run that was told to stop and saved: 128 + 15, as shells say SIGTERM."""
+
+
 class RankFailed(RuntimeError):
     """A rank ended with an error; its own words are the message."""
 

@@ -134,11 +134,10 @@ def find(folder: Path) -> Path | None:
         dist.broadcast_object_list(name)  # the first rank's view: file systems may lag
         if not name[0]:
             break
-        problems: list[Any] = [None] * ranks
-        dist.all_gather_object(problems, _problem(Path(name[0]), rank, ranks))
-        if not any(problems):
+        problem = problem_of(Path(name[0]), rank, ranks)
+        if not problem:
             return Path(name[0])
-        broken.append(next(problem for problem in problems if problem))
+        broken.append(problem)
         if rank == 0:
             say(f"{broken[-1]}: set aside as {set_aside(Path(name[0]))}, the one before is taken")
         dist.barrier()
@@ -147,9 +146,15 @@ def find(folder: Path) -> Path | None:
     return None
 
 
-def _problem(checkpoint: Path, part: int, parts: int) -> str:
+def problem_of(checkpoint: Path, rank: int, ranks: int) -> str:
+    """Why a checkpoint is not what it was when it was saved, nothing if it is; every rank reads a part of the files."""
+    import torch.distributed as dist
+
+    mine = ""
     try:
-        verify(checkpoint, part, parts)
+        verify(checkpoint, rank, ranks)
     except (ValueError, OSError) as error:
-        return str(error).partition(": delete")[0]
-    return ""
+        mine = str(error).partition(": delete")[0]
+    problems = [mine] * ranks
+    dist.all_gather_object(problems, mine)
+    return next((problem for problem in problems if problem), "")

@@ -32,8 +32,8 @@ class Seen:
 
 def seen_before(state: Mapping[str, Any]) -> Seen:
     """From the plain values of a checkpoint."""
-    saved: dict[str, Any] = {"loss": (), "grad_norm": (), "in_a_row": 0, "skipped": 0, **state.get("spikes", {})}
-    return Seen(loss=tuple(saved["loss"]), grad_norm=tuple(saved["grad_norm"]), in_a_row=saved["in_a_row"], skipped=saved["skipped"])
+    saved: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in state.get("spikes", {}).items()}
+    return Seen(**saved)
 
 
 def not_finite(measures: Mapping[str, float]) -> list[str]:

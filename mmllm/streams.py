@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32",
@@ -83,9 +83,7 @@ def read(folder: Path) -> dict[str, Lazy]:
                     if part.get_dtype() not in DTYPES:
                         raise ValueError(f"{path}: {name} is {part.get_dtype()}: give weights that are not quantized")
                     found[name] = Lazy(tuple(part.get_shape()), DTYPES[part.get_dtype()], _reader(path, name))
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # safetensors raises a class of its own
+        except SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file ({error}): export or download it again") from error
     return found
 

@@ -157,7 +157,7 @@ def _fp8_violations(recipe: Pretrain) -> list[str]:
     most = model.num_layers // parallel.pp
     rules = [
         (recipe.precision == "bf16", f"fp8 needs precision bf16, it is {recipe.precision}"),
-        # with cp, rows are lengthened to what divides (batch.lengthened)
+        # with cp, rows are lengthened to what divides (batch.shared_len)
         (parallel.cp > 1 or tokens % (a * split) == 0,
          f"fp8.scaling {fp8.scaling} needs tokens of a micro-batch in multiples of {a} × {split} (alignment × tp): micro_batch × "
          f"data.row_len is {recipe.micro_batch} × {recipe.data.row_len}: change data.row_len"),

@@ -23,4 +23,5 @@ RECIPE = replace(
                 rotary_base=1_000_000.0),
     optim=Optim(lr=3e-4, warmup_steps=2_000, schedule="wsd", decay_ratio=0.25, min_lr_ratio=0.0),
     data=replace(SMALL.data, row_len=8192, stages=(_BROAD, replace(_FINE, from_step=STEPS * 3 // 4))),
-    parallel=Parallel(ranks=128, tp=2), fp8=Fp8(scaling="tensorwise"), save_every=500, keep_every=20_000)
+    parallel=Parallel(ranks=128, tp=2), fp8=Fp8(scaling="tensorwise"), save_every=500, keep_every=20_000,
+    validation_rows=256)

@@ -4,12 +4,15 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import tiny_model
+import torch
 
 from data.config import DataConfig
 from data.document import Document, Role
@@ -23,12 +26,29 @@ KINDS = ("understanding", "generation", "editing", "mixed")
 PICTURE = b""
 
 
-def world(folder: Path) -> Path:
+@pytest.fixture(autouse=True)
+def one_thread() -> Generator[None]:
+    """Small matrices on many threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model`, `shards` of pairs, and `talk` of conversations, a shard of each kind and a held-out one, that belong together."""
+    folder = tmp_path_factory.mktemp("sft")
     tiny_model.folder(folder / "model", std=0.08)
     tiny_model.token_shards(folder / "shards", documents=40)
     conversations(folder / "talk")
     return folder
+
+
+def stock(folder: Path) -> Any:
+    """The model of a folder as transformers builds it."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
 
 def recipe(world: Path, out: Path, **changes: object) -> Sft:

@@ -1,8 +1,11 @@
 """What rules refuse is left out, all the rest goes through as it was, and every document is accounted for."""
 
+import fcntl
 import io
 import json
+import multiprocessing
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +164,33 @@ def die(path: Path) -> int:
 def test_a_process_that_is_killed_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(ProcessFailed, match="ended without a word"):
         on_each(die, [tmp_path, tmp_path], processes=2)
+
+
+def hold(lock: Path) -> int:
+    """Holds a lock for as long as the process lives."""
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.with_suffix(".held").touch()
+        time.sleep(60)
+    return 0
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    locks = [tmp_path / "a.lock", tmp_path / "b.lock"]
+    for lock in locks:
+        lock.touch()
+    parent = multiprocessing.get_context("spawn").Process(target=on_each, args=(hold, locks, 2))
+    parent.start()
+    within = time.monotonic() + 60
+    while not all(lock.with_suffix(".held").exists() for lock in locks):
+        assert time.monotonic() < within and parent.is_alive()
+        time.sleep(0.05)
+    parent.kill()
+    for lock in locks:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for the process to be gone, at most as long as it sleeps
+    assert time.monotonic() < within
 
 
 # Texts ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from data.document import IMAGE, TEXT
 from data.index import index_path, read_index
 from data.loader import Loader
 from data.plan import Place
+from data.prefetch import prefetched
 
 CONFIG = DataConfig(shards=Path(), row_len=512, seed=3)
 
@@ -150,8 +151,8 @@ def test_raw_shards_read_online_have_the_ids_of_encoded_ones() -> None:
     offline = loader()
     online = loader(shards=world.raw, tokenizer=world.visual_folder, text=world.text_model)
     assert online.vocab == offline.vocab and online.fingerprint == offline.fingerprint
-    for number in (0, 3):
-        one, other = online.row(number), offline.row(number)
+    for number, one in zip((0, 3, 5), prefetched(online, (0, 3, 5), workers=2), strict=True):  # which encode beside each other
+        other = offline.row(number)
         assert one.keys == other.keys and np.array_equal(one.tokens, other.tokens) and np.array_equal(one.loss_weight, other.loss_weight)
 
 
@@ -189,3 +190,8 @@ def test_prompts_padding_and_sizes_are_never_trained_on() -> None:
             ids, weight = row.tokens[first:end], row.loss_weight[first:end]
             if (ids == vocab.boi).sum() == 1 and ids[-2] == vocab.eoi:  # drawn: the prompt is given
                 assert weight[:int(np.flatnonzero(ids == vocab.boi)[0]) + 1].sum() == 0
+
+
+def test_one_tokenizer_without_the_other_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.text None: raw shards need both"):
+        loader(tokenizer=small_world().visual_folder)

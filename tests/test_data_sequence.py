@@ -61,6 +61,8 @@ def test_a_conversation_trains_on_the_assistant_and_on_where_it_ends() -> None:
 
 def test_what_is_given_may_weigh() -> None:
     assert trained(draw(PAIR, 2, V, given=0.5)) == [4, 5, V.boi, *CODES, V.eoi, V.eos]
+    answers = describe(PAIR, [0], False, V, answers=3)
+    assert [w for i, w in zip(answers.ids, answers.loss_weight, strict=True) if i in (8, 1, V.eos)] == [3, 1, 1]  # the description is none
     assert trained(describe(PAIR, [], True, V, given=0.5)) == [V.boi, *CODES, V.eoi, 1, 2, 3, V.eos]
 
 

@@ -105,7 +105,7 @@ def http(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def same_as_the_file(place: store.Place) -> None:
     reader = store.open(place)
-    assert reader.size == store.size(place) == len(CONTENT)
+    assert reader.size == len(CONTENT)
     assert [bytes(reader.read(*each)) for each in RANGES] == [CONTENT[at:at + size] for at, size in RANGES]
     assert reader.read_many(RANGES) == [CONTENT[at:at + size] for at, size in RANGES]
     assert store.read_bytes(place) == b"".join(reader.chunks()) == CONTENT
@@ -158,7 +158,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(http: str, monkeypatch:
     with pytest.raises(ConnectionError, match=r"/x.bin could not be read in 2 attempts, the last: .*Timeout"):
         reader.read(3, 4)
     with pytest.raises(ConnectionError, match=r"/x.bin could not be read in 2 attempts, the last: .*Timeout"):
-        store.size(f"{http}/x.bin")
+        store.open(f"{http}/x.bin")
 
 
 def test_ranges_of_many_files_come_in_their_order(tmp_path: Path, http: str, flaky: str) -> None:
@@ -180,7 +180,7 @@ def test_what_fails_twice_is_asked_again_and_only_that(flaky: str) -> None:
     assert reader.read_many([(0, 3), (3, 3), (6, 3)]) == [CONTENT[0:3], CONTENT[3:6], CONTENT[6:9]]
     assert Flaky.asked == 5
     Flaky.failures = [OSError("throttled")] * 2
-    assert store.size(flaky) == len(CONTENT)
+    assert store.open(flaky).size == len(CONTENT)
 
 
 def test_what_always_fails_names_the_file_and_why(flaky: str) -> None:

@@ -47,10 +47,6 @@ def test_ids_of_the_wrong_book_are_refused() -> None:
         VOCAB.codes(ids[::-1], 2, 3)
 
 
-def test_padding_reaches_the_multiple_and_no_further() -> None:
-    assert VOCAB.padded(128) % 128 == 0 and 0 <= VOCAB.padded(128) - VOCAB.size < 128
-
-
 def test_an_unknown_grid_is_named() -> None:
     with pytest.raises(ValueError, match="9x9"):
         VOCAB.grid(9, 9)

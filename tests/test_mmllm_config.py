@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toy_rows import TINY, tiny
 
-from mmllm.config import Parallel, recipe_hash
+from mmllm.config import Model, Parallel, recipe_hash
 from mmllm.violations import check
 
 
@@ -31,3 +31,10 @@ def test_the_hash_ignores_what_may_change_on_continuing() -> None:
     recipe = tiny(Path("x"))
     assert recipe_hash(recipe) == recipe_hash(replace(recipe, out=Path("y"), parallel=Parallel(ranks=2), save_every=7))
     assert recipe_hash(recipe) != recipe_hash(replace(recipe, seed=4))
+
+
+def test_padding_of_the_vocabulary_reaches_the_multiple_and_no_further() -> None:
+    model = Model(num_layers=1, hidden_size=8, num_attention_heads=1, ffn_hidden_size=8)
+    for size in (1, 127, 128, 129, 1000):
+        rows = model.vocab_rows(size)
+        assert rows % model.vocab_multiple == 0 and 0 <= rows - size < model.vocab_multiple

@@ -224,7 +224,7 @@ def test_answers_are_right_but_for_case_and_a_stop_and_are_told_apart_by_kind() 
 
 def given(out: Path, **changes: Any) -> Given:
     model, _, raw = world()
-    return Given(model=model, shards=raw, out=out, settings=replace(QUICK, **changes), device="cpu")
+    return Given(model=model, shards=raw, out=out, settings=replace(QUICK, **changes))
 
 
 def test_words_are_cut_as_penn_treebank_does_where_captions_are_plain() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmllm.generate.engine import Engine, Plan, decode
 from mmllm.generate.grammar import DONE, GRID, TEXT, Processor, compile_grammar
-from mmllm.generate.sample import Sampling, sample, uniforms
+from mmllm.generate.sample import LARGEST, SMALLEST, Sampling, sample, uniforms
 from mmllm.serve.chat import chat, half_blocks
 
 VOCAB = tiny_model.vocabulary()
@@ -66,15 +66,20 @@ def test_the_state_of_a_row_is_the_same_read_whole_or_id_by_id(seed: int) -> Non
         assert GRAMMAR.states(torch.tensor([[VOCAB.pad, *row[:length]]])) == state
 
 
+def span(state: torch.Tensor) -> tuple[int, int]:
+    """The ids that may follow."""
+    return int(GRAMMAR.first[state]), int(GRAMMAR.last[state])
+
+
 def test_a_picture_is_one_grid_and_exactly_its_codes_book_by_book() -> None:
     state = GRAMMAR.advance(torch.tensor([TEXT]), torch.tensor([VOCAB.boi]))
-    assert state == GRID and GRAMMAR.span(state) == (VOCAB.grid(3, 3), VOCAB.grid(2, 3) + 1)
+    assert state == GRID and span(state) == (VOCAB.grid(3, 3), VOCAB.grid(2, 3) + 1)
     state = GRAMMAR.advance(state, torch.tensor([VOCAB.grid(2, 3)]))
     for place in range(12):
         first = VOCAB.first_image + place % 2 * VOCAB.codebook_size
-        assert GRAMMAR.span(state) == (first, first + VOCAB.codebook_size)
+        assert span(state) == (first, first + VOCAB.codebook_size)
         state = GRAMMAR.advance(state, torch.tensor([first + 5]))
-    assert GRAMMAR.span(state) == (VOCAB.eoi, VOCAB.eoi + 1)
+    assert span(state) == (VOCAB.eoi, VOCAB.eoi + 1)
     assert GRAMMAR.advance(state, torch.tensor([VOCAB.eoi])) == TEXT
 
 
@@ -97,6 +102,17 @@ def test_a_forbidden_id_is_never_sampled(seed: int, temperature: float, top_k: i
     logits = logits.masked_fill(forbidden, -torch.inf)
     ids = sample(logits, uniforms(range(8), 1)[:, 0], Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     assert not forbidden.gather(1, ids[:, None]).any()
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 1e-46}, {"temperature": -1.0}, {"temperature": float("nan")},
+                                   {"temperature": float("inf")}, {"top_p": 5e-324}, {"top_p": 0.0}, {"top_p": float("nan")}])
+def test_what_would_leave_no_id_is_refused_and_what_is_next_to_it_is_not(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="temperature must be 0 or in"):
+        Sampling(**wrong)  # type: ignore[arg-type]
+    logits = torch.tensor([[0.0, -torch.inf, 2.0]])
+    for how in (Sampling(temperature=SMALLEST), Sampling(top_p=SMALLEST)):
+        assert sample(logits, torch.tensor([0.9]), how) == 2
+    assert sample(logits, torch.tensor([0.1]), Sampling(temperature=LARGEST)) == 0
 
 
 def test_samples_have_the_frequencies_of_the_model() -> None:

@@ -14,7 +14,7 @@ from data import chat
 from data.vocab import Vocab
 from mmllm import cli, hf
 from mmllm.generate import jobs
-from mmllm.generate.best import agreement, best_of
+from mmllm.generate.best import agreement
 from mmllm.generate.engine import Engine
 from mmllm.generate.jobs import Drawing
 from mmllm.generate.sample import Sampling
@@ -128,10 +128,10 @@ def test_the_other_judge_is_the_likelihood_of_the_picture(engine: Engine) -> Non
 
 
 def test_the_best_of_n_are_the_same_pictures_in_the_models_order(engine: Engine) -> None:
-    codes, scores = best_of(engine, ["a red star", "how"], 5, sampling=Sampling(temperature=3.0), seed=2)
+    found = jobs.draw(engine, ["a red star", "how"], [Drawing(n=5, best_of=5, temperature=3.0, seed=2)] * 2)
     drawn = engine.draw(["a red star", "how"], n=5, sampling=Sampling(temperature=3.0), seed=2)
-    assert (np.diff(scores, axis=1) <= 0).all()
-    assert sorted(x.tobytes() for x in codes[0]) == sorted(x.tobytes() for x in drawn[0])
+    assert all(scores == sorted(scores, reverse=True) and len(scores) == 5 for _, scores in found)
+    assert [sorted(x.tobytes() for x in codes) for codes, _ in found] == [sorted(x.tobytes() for x in codes) for codes in drawn]
 
 
 def test_the_command_draws_the_engines_picture(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

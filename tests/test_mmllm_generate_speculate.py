@@ -11,10 +11,11 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from data.vocab import Vocab
-from mmllm.generate.batching import Request, run
+from mmllm.generate.batching import run
 from mmllm.generate.decoder import Decoder, build
 from mmllm.generate.grammar import Grammar, compile_grammar
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Request
 from mmllm.generate.sample import Sampling, probabilities, sample
 from mmllm.generate.speculate import Speculation, couple, draw_ahead, relax
 from mmllm.hf_config import model_config

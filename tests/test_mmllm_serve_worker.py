@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import VOCAB
 
-from mmllm.generate.batching import Reason, Request, decode
+from mmllm.generate.batching import run
 from mmllm.generate.engine import Engine
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Reason, Request
 from mmllm.generate.sample import Sampling
 from mmllm.serve.metrics import Metrics
 from mmllm.serve.refusal import Refusal
@@ -64,7 +65,7 @@ def test_everybody_hears_what_they_would_hear_alone_while_others_come_and_hang_u
 
     asyncio.run(everybody())
     for one, said, left in zip(asked, heard, leaves, strict=True):
-        ids = decode(engine.decoder, engine.grammar, [one.prompt], [one.key], one.plan)[0]
+        ids = run(engine.decoder, engine.grammar, [one])[0]
         assert told(engine, ids, one)[:len(said) if left else None] == told_events(said)
 
 
@@ -202,7 +203,7 @@ def test_a_failed_step_ends_those_in_it_and_serves_the_next(engine: Engine) -> N
 
 
 def test_room_that_a_long_row_took_is_given_back_when_nobody_asks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmllm.serve.worker.IDLE_BYTES", 1 << 10)
+    monkeypatch.setattr("mmllm.generate.batching.IDLE_BYTES", 1 << 10)
     held = list[int]()
 
     async def once() -> None:

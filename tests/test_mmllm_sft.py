@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import sft_world
 import tiny_model
 import torch
-from sft_world import recipe, start, wait_for
+from sft_world import recipe, start, stock, wait_for
 from torch.nn import functional as F
 
 from data.chat import ChatLoader
@@ -22,34 +21,18 @@ from data.plan import Place
 from mmllm import hf
 from mmllm.generate.engine import Engine
 from mmllm.generate.sample import Sampling
+from mmllm.launch import STOPPED
 from mmllm.manifest import newest
 from mmllm.run import read_metrics
-from mmllm.runs.sft import STOPPED, check, main
+from mmllm.runs.sft import check, main
 from mmllm.runs.sft_loss import AssistantLoss, _least_padding, document_groups
 from mmllm.runs.sft_recipe import Lora, Sft, learning_rate
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    """Small matrices on many threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sft_world.world(tmp_path_factory.mktemp("sft"))
+one_thread, world = sft_world.one_thread, sft_world.world
 
 
 def rows_of(recipe: Sft) -> ChatLoader:
     return ChatLoader(recipe.data, tiny_model.text_tokenizer().encode)
-
-
-def stock(world: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(world / "model", attn_implementation="eager")
 
 
 # Loss -------------------------------------------------------------------------------------------------------------
@@ -67,7 +50,7 @@ def plain_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
 
 def test_grouped_loss_and_gradient_equal_those_of_each_document_alone(world: Path) -> None:
     rows = [rows_of(recipe(world, world)).row(i) for i in range(4)]
-    one, other = stock(world), stock(world)
+    one, other = stock(world / "model"), stock(world / "model")
     expected = plain_loss(one, rows)
     loss, sums = AssistantLoss(other)(document_groups(rows), tiny_model.vocabulary().first_image)
     assert torch.allclose(loss, expected, rtol=1e-5) and torch.allclose(sums[0] + sums[2], expected.detach(), rtol=1e-5)
@@ -121,8 +104,7 @@ def test_what_was_learned_by_heart_is_drawn_and_answered(tmp_path: Path, chat: b
     model_folder = tiny_model.folder(tmp_path / "m", std=0.1)
     encode = tiny_model.text_tokenizer().encode
     rows = ChatLoader(config, encode) if chat else Loader(config)
-    from transformers import AutoModelForCausalLM
-    model = AssistantLoss(AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager"))
+    model = AssistantLoss(stock(model_folder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(150):
         loss, sums = model(document_groups([rows.row(2 * step), rows.row(2 * step + 1)]), rows.vocab.first_image)
@@ -154,7 +136,7 @@ def tuned(world: Path) -> Path:
 
 def test_two_ranks_under_zero_take_the_steps_of_one_plain_optimizer(world: Path, tuned: Path) -> None:
     settings = recipe(world, world / "run")
-    loader, model = rows_of(settings), stock(world)
+    loader, model = rows_of(settings), stock(world / "model")
     decayed, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=settings.betas, weight_decay=0.0)
     losses = list[float]()

@@ -23,11 +23,7 @@ from mmllm.runs.sft import conversations
 from mmllm.runs.sft_loss import document_groups
 
 VOCAB, TEXT = tiny_model.vocabulary(), tiny_model.text_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sft_world.world(tmp_path_factory.mktemp("talk"))
+world = sft_world.world
 
 
 @pytest.fixture(scope="module")

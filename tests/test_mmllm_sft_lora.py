@@ -1,7 +1,6 @@
 """Adapters: what is trained, that merged weights compute what adapted ones do, and that ZeRO changes nothing."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import sft_world
 import tiny_model
 import torch
-from sft_world import recipe
+from sft_world import recipe, stock
 
 from data.chat import ChatLoader
 from mmllm import hf
@@ -22,24 +21,7 @@ from mmllm.runs.sft_recipe import Lora, Sft, learning_rate
 
 VOCAB = tiny_model.vocabulary()
 LORA = Lora(rank=4, alpha=8.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sft_world.world(tmp_path_factory.mktemp("lora"))
-
-
-def stock(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+one_thread, world = sft_world.one_thread, sft_world.world
 
 
 def adapted(settings: Sft) -> Any:

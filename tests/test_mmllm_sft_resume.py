@@ -17,17 +17,15 @@ from sft_world import recipe, start, talk, wait_for
 
 from data.config import DataConfig
 from mmllm import hf
+from mmllm.launch import STOPPED
 from mmllm.manifest import newest
 from mmllm.run import read_metrics
-from mmllm.runs.sft import STOPPED, conversations, main
+from mmllm.runs.sft import conversations, main
 from mmllm.runs.sft_checkpoint import go_on, state
 from mmllm.runs.sft_loss import document_groups
 from mmllm.runs.sft_recipe import Lora, Sft, violations
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sft_world.world(tmp_path_factory.mktemp("resume"))
+world = sft_world.world
 
 
 def settings(world: Path, out: Path, **changes: object) -> Sft:

@@ -69,10 +69,10 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
     recipe, layouts = job
     from mmllm.manifest import newest
     from mmllm.megatron import checkpoint, optim, parallel
-    from mmllm.megatron.batch import micro_batches, row_numbers
+    from mmllm.megatron.batch import micro_batches
     from mmllm.megatron.model import build
     from mmllm.megatron.step import forward_backward
-    from mmllm.megatron.train import run
+    from mmllm.megatron.train import rows_of, run
     from mmllm.run import StopOnSignal
     first = next(iter(layouts.values()))
     start = newest(recipe.out / "checkpoints")
@@ -92,7 +92,7 @@ def losses_by_layout(job: tuple[Pretrain, dict[str, Parallel]]) -> None:
         found[name] = {}
         for step in range(recipe.steps):
             optim.set_lr(optimizer, step, here)
-            rows = [ToyRows().row(n) for n in row_numbers(step, here.global_batch, layout.dp_rank, layout.dp)]
+            rows = [ToyRows().row(n) for n in rows_of(here, step, layout)]
             losses = forward_backward(model, micro_batches(rows, VOCAB, here, layout), layout)
             _, grad_norm, _ = optimizer.step()
             for chunk in model:

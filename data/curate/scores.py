@@ -12,6 +12,7 @@ Letters: p pictures, t texts, d width of the space that both share.
 """
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,14 +107,17 @@ def threshold_of_top(paths: Sequence[Path], name: Name, share: float) -> float:
 def summary(folder: Path, source: Sequence[Path]) -> list[str]:
     """Lines that say how scores are spread, and where thresholds would cut."""
     out: list[str] = []
+    numbers, refused = {name: array("d") for name in NAMES}, Counter[str]()
+    for scored in (scored for path in source for scored in read(scores_path(folder, path))):
+        for name in NAMES:
+            numbers[name].extend(value for value in getattr(scored, name) if value is not None)
+        refused.update(why.partition(": ")[0] for why in scored.refused if why)
     for name in NAMES:
-        values = np.concatenate([_numbers(scores_path(folder, path), name) for path in source])
+        values = np.array(numbers[name])
         if len(values):
             spread = "  ".join(f"{share}%: {value:.3f}" for share, value in
                                zip(SHARES, np.percentile(values, SHARES).tolist(), strict=True))
             out.append(f"{name}: {len(values):,} pictures, mean {values.mean():.3f}; below {spread}")
-    lines = (scored for path in source for scored in read(scores_path(folder, path)))
-    refused = Counter(why.partition(": ")[0] for scored in lines for why in scored.refused if why)
     return [*out, *(f"no scores: {count:,} × {cause}" for cause, count in refused.items())]
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 # Rae et al. 2021, arXiv:2112.11446, table A1: the largest shares of a document's lines or characters
@@ -67,19 +68,19 @@ def check_words(text: str, rules: TextRules) -> None:
     """Errors: ValueError "banned words: …"."""
     if rules.banned is None:
         return
-    banned = banned_words(rules.banned)
     words = _plain(text)
-    for length in sorted({len(phrase) for phrase in banned}):
+    for length, banned in banned_words(rules.banned).items():
         if hit := next((gram for gram in _ngrams(words, length) if gram in banned), None):
             raise ValueError(f"banned words: it says {' '.join(hit)!r}, which {rules.banned.name} lists")
 
 
 @lru_cache(4)
-def banned_words(path: Path) -> frozenset[tuple[str, ...]]:
-    """Phrases of a file. Errors: FileNotFoundError, ValueError for an empty one."""
+def banned_words(path: Path) -> dict[int, set[tuple[str, ...]]]:
+    """{words of them: phrases} of a file, the short ones first. Errors: FileNotFoundError, ValueError for an empty one."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: `banned` is a file of words, one a line")
-    found = frozenset(phrase for line in path.read_text(encoding="utf-8").splitlines() if (phrase := tuple(_plain(line))))
+    phrases = sorted((tuple(_plain(line)) for line in path.read_text(encoding="utf-8").splitlines()), key=len)
+    found = {length: set(several) for length, several in groupby(phrases, len) if length}
     if not found:
         raise ValueError(f"{path} lists no words: write one a line, or leave `banned` away")
     return found

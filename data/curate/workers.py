@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.encode import ProcessFailed
+from data.processes import end_with_parent
 
 Tell = Callable[[int, int, Mapping[str, float]], None]
 """Told (shards done, shards, {"documents/s": …})."""
@@ -60,6 +61,7 @@ def on_each(work: Work, shards: Sequence[Path], processes: int, progress: Tell =
 
 def _begin(number: int, threads: int) -> None:
     """A process's life begins."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the parent too, who ends us
     torch.set_num_threads(threads)
     if torch.cuda.is_available():

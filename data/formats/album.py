@@ -42,8 +42,8 @@ class Album:
         self.root, self.keep, self.drop = root, keep, drop
         self.dropped = Skipped()
         """Pictures that documents went on without."""
-        self.tars: tuple[tuple[Path, float], ...] | None = None
-        """Image shards with their times, once a picture was looked for in them."""
+        self.shelves: dict[bool, Shelf] = {}
+        """Its image shards, by whether URLs are names there, once a picture was looked for in them."""
 
     def take(self, value: object) -> bytes:
         """A picture, whatever way a row names it. Errors: ValueError by cause."""
@@ -104,13 +104,13 @@ class Album:
                          + self._damage())
 
     def _damage(self) -> str:
-        damage = _shelf(self.tars, False).damage if self.tars else ()
+        damage = next(iter(self.shelves.values())).damage
         return f" ({len(damage)} faults in image shards: {damage[0]})" if damage else ""
 
     def _member(self, name: str, urls: bool) -> bytes | None:
-        if self.tars is None:
-            self.tars = tuple((path, path.stat().st_mtime) for path in files(self.root, "tar"))
-        shelf = _shelf(self.tars, urls)
+        if urls not in self.shelves:
+            self.shelves[urls] = _shelf(tuple((path, path.stat().st_mtime) for path in files(self.root, "tar")), urls)
+        shelf = self.shelves[urls]
         hash_ = hashed([name.encode(errors="surrogatepass")])[0]
         at = int(np.searchsorted(shelf.hashes, hash_))
         if at == len(shelf.hashes) or shelf.hashes[at] != hash_:
@@ -167,9 +167,8 @@ def _shelf(found: tuple[tuple[Path, float], ...], urls: bool) -> Shelf:
         try:
             with tar.opened(path) as content:
                 members, faults = tar.salvaged(content)
-                pictures = {name: member for member in members for name in [_key(member.name)]
-                            if member.name.rpartition(".")[2].lower() in PICTURES}
-                links = {name: member for member in members for name in [_key(member.name)] if member.name.endswith(f"{name}.json")}
+                pictures = {_key(member.name): member for member in members if member.name.rpartition(".")[2].lower() in PICTURES}
+                links = {_key(member.name): member for member in members if member.name.endswith(".json")}
                 for name, member in pictures.items():
                     link = links.get(name) if urls else None
                     told = [] if link is None else _url(content[link.first:link.first + link.size])

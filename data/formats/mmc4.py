@@ -42,4 +42,4 @@ def read(piece: Piece, reading: Reading, album: Album) -> Iterator[Document | Re
         meta: dict[str, object] = {"url": row["url"]} if isinstance(row.get("url"), str) else {}
         return Document("", tuple(parts), meta={**meta, "matched_sim": similarity})
 
-    yield from rows.documents(piece, make, tuple(name for name in ("text_list", "image_info", "url") if name in rows.names(piece.path)))
+    yield from rows.documents(piece, make, ("text_list", "image_info", "url"))

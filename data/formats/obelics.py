@@ -24,7 +24,7 @@ def read(piece: Piece, reading: Reading, album: Album) -> Iterator[Document | Re
             raise ValueError("empty document: no text, and no picture that is there")
         return Document("", left)
 
-    yield from rows.documents(piece, make, tuple(name for name in ("images", "texts") if name in rows.names(piece.path)))
+    yield from rows.documents(piece, make, ("images", "texts"))
 
 
 def _blank(text: object) -> bool:

@@ -38,7 +38,8 @@ def _slices(source: Path, path: Path) -> list[Piece]:
 
 
 def documents(piece: Piece, make: Callable[[Row, str], Document], columns: tuple[str, ...] | None = None) -> Iterator[Document | Refusal]:
-    """Make a document of each row, which is told its name. columns: those of a table that are read; all without it."""
+    """Make a document of each row, which is told its name. columns: those of a table that are read, where it has
+    them; all without it."""
     for name, row in rows(piece, columns):
         try:
             if isinstance(row, ValueError):

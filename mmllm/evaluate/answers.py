@@ -13,7 +13,7 @@ import numpy as np
 
 from mmllm.evaluate.bootstrap import Measure
 from mmllm.evaluate.client import ask
-from mmllm.evaluate.items import coded, described
+from mmllm.evaluate.items import coded
 from mmllm.evaluate.task import Example, Given, Record, Scores, Task, Unit, by_split
 
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "none"}
@@ -31,7 +31,8 @@ def units(given: Given) -> list[Unit]:
 def run(given: Given, some: list[Unit]) -> list[Record]:
     codes = coded(given.engine, [unit.work.picture for unit in some], [unit.name for unit in some])
     flat = [(place, question) for place, unit in enumerate(some) for question, _ in unit.work.document.questions]
-    said = described(given.engine, [codes[place] for place, _ in flat], [question for _, question in flat], given.settings.max_text)
+    said = given.engine.describe([codes[place] for place, _ in flat], [question for _, question in flat],
+                                 max_text=given.settings.max_text)
     return _records(some, said)
 
 

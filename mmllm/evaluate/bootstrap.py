@@ -80,10 +80,8 @@ def resampled(measure: Measure, resamples: int, seed: int) -> Floats:
 
 def number(measure: Measure, resamples: int, seed: int) -> dict[str, Any]:
     """Value with its interval (percentiles of the resamples) and standard error."""
-    values = resampled(measure, resamples, seed)
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, (TAIL, 100 - TAIL)) if len(values) else (np.nan, np.nan)
-    return {"value": measure.value, "low": float(low), "high": float(high), "error": float(values.std()) if len(values) else np.nan,
+    low, high, error = _spread(resampled(measure, resamples, seed))
+    return {"value": measure.value, "low": low, "high": high, "error": error,
             "units": len(measure.rows), "better": measure.better}
 
 
@@ -93,7 +91,14 @@ def difference(before: Measure, after: Measure, resamples: int, seed: int) -> di
     if paired:
         place = {unit: row for row, unit in enumerate(after.units)}
         after = Measure(units=before.units, rows=after.rows[[place[unit] for unit in before.units]], of=after.of, better=after.better)
-    values = resampled(after, resamples, seed if paired else seed + 1) - resampled(before, resamples, seed)
+    low, high, _ = _spread(resampled(after, resamples, seed if paired else seed + 1) - resampled(before, resamples, seed))
+    return {"value": after.value - before.value, "low": low, "high": high, "paired": paired}
+
+
+def _spread(values: Floats) -> tuple[float, float, float]:
+    """Of resampled values [r]: low and high of the interval, and the standard deviation; those that are no number do not count."""
     values = values[np.isfinite(values)]
-    low, high = np.percentile(values, (TAIL, 100 - TAIL)) if len(values) else (np.nan, np.nan)
-    return {"value": after.value - before.value, "low": float(low), "high": float(high), "paired": paired}
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    low, high = np.percentile(values, (TAIL, 100 - TAIL))
+    return float(low), float(high), float(values.std())

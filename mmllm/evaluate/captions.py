@@ -14,7 +14,7 @@ import numpy as np
 from data.scene_text import caption_exact
 from data.scenes import Scene
 from mmllm.evaluate.bootstrap import Measure, mean
-from mmllm.evaluate.items import coded, described
+from mmllm.evaluate.items import coded
 from mmllm.evaluate.task import Example, Given, Record, Scores, Task, Unit, by_split
 
 LENGTHS = 4
@@ -27,7 +27,7 @@ def units(given: Given) -> list[Unit]:
 
 def run(given: Given, some: list[Unit]) -> list[Record]:
     codes = coded(given.engine, [unit.work.picture for unit in some], [unit.name for unit in some])
-    said = described(given.engine, codes, None, given.settings.max_text)
+    said = given.engine.describe(codes, max_text=given.settings.max_text)
     records: list[Record] = []
     for unit, words in zip(some, said, strict=True):
         record: Record = {"name": unit.name, "split": unit.split, "said": words, "references": list(unit.work.texts)}

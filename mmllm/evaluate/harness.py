@@ -34,7 +34,7 @@ def run(given: Given, some: list[Unit]) -> list[Record]:
         raise ValueError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'mmllm[eval]', or leave `text` out of "
                          "--tasks") from error
     settings, harness = given.settings, cast(Any, evaluator)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, manager = _model(given.model, device, settings.batch), _tasks(settings.lm_tasks, settings.lm_folder)
     records: list[Record] = []
     for unit in some:

@@ -83,16 +83,6 @@ def coded(engine: Engine, pictures: Sequence[bytes], names: Sequence[str]) -> li
     return out
 
 
-def described(engine: Engine, codes: Sequence[NDArray[np.int32]], questions: Sequence[str] | None, max_text: int) -> list[str]:
-    """What the model says of each picture, or answers."""
-    out = [""] * len(codes)
-    for same in alike(codes, lambda one: one.shape):
-        asked = None if questions is None else [questions[i] for i in same]
-        for place, words in zip(same, engine.describe(np.stack([codes[i] for i in same]), asked, max_text=max_text), strict=True):
-            out[place] = words
-    return out
-
-
 def alike(values: Sequence[T], shape: Callable[[T], object]) -> Iterator[list[int]]:
     """Places of the values that share a shape, group after group."""
     groups: dict[object, list[int]] = defaultdict(list)

@@ -29,8 +29,8 @@ from mmllm.evaluate.tasks import TASKS, Tell, pool_of, work
 from mmllm.run import write_json
 from mmllm.streams import weight_files
 
-EITHER_WAY = {"tasks", "batch", "processes", "device"}
-"""Settings that change no number."""
+EITHER_WAY = {"tasks", "batch", "processes", "device", "model", "shards", "out"}
+"""Settings that change no number; the verb's paths among them, as what lies there has its own part in `made_by`."""
 SHOWN = 12
 """Examples of each split on the page."""
 HASHED = 2**20
@@ -40,7 +40,7 @@ HASHED = 2**20
 def evaluate(model: Path, shards: Path | None, out: Path, settings: Evaluation,
              tell: Tell = lambda task, done, whole: None) -> dict[str, Any]:
     """Measure, and write eval.json and eval.html. → what is in eval.json"""
-    given = Given(model=model, shards=shards, out=out, settings=settings, device=settings.device)
+    given = Given(model=model, shards=shards, out=out, settings=settings)
     source = {"model": fingerprint(model), "shards": str(shards.absolute()) if shards else None}
     with pool_of(settings.processes) as pool:
         for name, task in TASKS.items():

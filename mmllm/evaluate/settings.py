@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class VisualEvaluation:
                 raise ValueError(f"{name} is {value}: a covariance needs 2 pictures or more")
 
 
-WORK = ("captions", "questions", "retrieval", "perplexity", "scenes", "pictures", "geneval", "text", "served")
+Work = Literal["captions", "questions", "retrieval", "perplexity", "scenes", "pictures", "geneval", "text", "served"]
 """Tasks in the order of the report; `mmllm.evaluate.tasks` says what each is."""
 
 
@@ -51,7 +51,7 @@ WORK = ("captions", "questions", "retrieval", "perplexity", "scenes", "pictures"
 class Evaluation:
     """What a model folder is measured with. What cannot be measured is left out, and the report says why."""
 
-    tasks: tuple[Literal["captions", "questions", "retrieval", "perplexity", "scenes", "pictures", "geneval", "text", "served"], ...] = WORK
+    tasks: tuple[Work, ...] = get_args(Work)
     """captions: BLEU, CIDEr, ROUGE. questions: answers by type. retrieval: the right text of a picture, the right picture of a text, by
     likelihood. perplexity: by modality. scenes: drawing, skill by skill (shards of scenes). pictures: FID and CLIP score of what is drawn
     from captions. geneval: pictures in GenEval's layout. text: lm-evaluation-harness. served: questions asked through a server."""

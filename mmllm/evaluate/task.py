@@ -55,11 +55,10 @@ class Given:
     shards: Path | None
     out: Path
     settings: Evaluation
-    device: str | None = None
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine.load(self.model, self.device)
+        return Engine.load(self.model, self.settings.device)
 
     @cached_property
     def folder(self) -> Folder:

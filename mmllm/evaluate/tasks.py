@@ -66,7 +66,7 @@ def _pieces(given: Given, task: str, names: list[str], pool: Executor | None) ->
     if pool is None:
         yield from (_piece(given, task, one) for one in pieces)
         return
-    fresh = Given(model=given.model, shards=given.shards, out=given.out, settings=settings, device=given.device)
+    fresh = Given(model=given.model, shards=given.shards, out=given.out, settings=settings)
     futures = [pool.submit(_piece, fresh, task, one) for one in pieces]
     try:
         for future in as_completed(futures):

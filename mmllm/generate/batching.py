@@ -12,80 +12,24 @@ Letters: b rows, v ids looked at, M books, w columns of the code grid.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mmllm.generate.cache import Prefixes
 from mmllm.generate.decoder import Decoder
-from mmllm.generate.grammar import DONE, GRID, TEXT, Grammar
+from mmllm.generate.grammar import DONE, TEXT, Grammar
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Event, Request, Running
 from mmllm.generate.sample import Sampling, sample, uniforms
 
 PREFILL = 8192
 """Prompt tokens that join in one step, so that nobody waits long for others' prompts; a longer one joins alone."""
-
-Reason = Literal["", "stop", "length", "cancelled"]
 AHEAD = 512
 """Text tokens that room is planned for; a longer text makes the cache grow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Something to be continued."""
-
-    prompt: Sequence[int]
-    key: int
-    """Of its random numbers."""
-    plan: Plan
-    blank: Sequence[int] = ()
-    """What guidance's second row reads before a picture; `<bos>` alone if empty."""
-
-
-class Event(NamedTuple):
-    """One id more of a request."""
-
-    ticket: int
-    id: int
-    last: bool
-    reason: Reason
-    """Why it is the last: the model stopped (or the picture is whole), or a budget is spent."""
-
-
-@dataclass
-class Running:
-    """A request and how far it is."""
-
-    ticket: int
-    request: Request
-    state: int
-    need: int
-    """Columns to plan for."""
-    random: NDArray[np.float32]
-    deadline: float
-    new: list[int] = field(default_factory=list)
-    written: int = 0
-    """Text tokens."""
-    pictures: int = 0
-    row: int = -1
-    blank: int = -1
-    """Rows of the cache; no blank one without guidance."""
-    blank_len: int = 0
-    """Tokens the blank row waits behind."""
-    reason: Reason = ""
-
-    @property
-    def in_picture(self) -> bool:
-        return self.state > DONE
-
-    @property
-    def begins(self) -> bool:
-        """May begin a picture now."""
-        return self.pictures < self.request.plan.max_pictures and time.monotonic() < self.deadline
+IDLE_BYTES = 64 << 20
+"""Keys and values that are held while there is nothing to do."""
 
 
 class Batch:
@@ -97,7 +41,8 @@ class Batch:
         prefixes: where beginnings of prompts are remembered. patience: rows that must be free before some join: many at once are read
         faster, one at a time waits less.
 
-        The cache is as large as those need who join: pictures whole, and text up to `AHEAD`."""
+        The cache is as large as those need who join: pictures whole, and text up to `AHEAD`; it grows for a longer one. Once nobody is
+        left, one above `IDLE_BYTES` is given back."""
         self.decoder, self.grammar, self.prefixes = decoder, grammar, prefixes
         self.most_rows, self.columns, self.patience = rows, columns, min(patience, rows)
         self.cache = decoder.room(0, 0)
@@ -106,7 +51,6 @@ class Batch:
         self.rows: list[tuple[Running, bool]] = []  # by row of the cache: whose it is, and whether it is the blank one
         self.hidden = torch.empty(0, device=decoder.device)  # [rows in use, d]
         self.tickets = self.passes = self.read = 0  # read: tokens of prompts that were not known
-        self.table = [grammar.first.tolist(), grammar.last.tolist(), grammar.after.tolist(), grammar.begin.tolist()]
         no_picture = grammar.text.clone()
         no_picture[grammar.vocab.boi] = False
         self.forbidden = ~torch.stack([no_picture, grammar.text])  # [2, first_image]
@@ -170,6 +114,8 @@ class Batch:
             for one in self.running:
                 if one.blank >= 0 and one.state == TEXT:  # it has seen nothing
                     self.cache.length[one.blank] = one.blank_len
+        elif self.idle and self.cache.nbytes > IDLE_BYTES:
+            self.cache = self.decoder.room(0, 0)
         return events
 
     # Joining and leaving ----------------------------------------------------------------------------------------------
@@ -259,7 +205,7 @@ class Batch:
 
     def _sample(self) -> None:
         """The next id of every row that goes on."""
-        first, last = self.table[:2]
+        first, last, _, _ = self.grammar.on_host
         groups: dict[tuple[int, int, Sampling, float], list[Running]] = {}
         for one in self.running:
             plan, inside = one.request.plan, one.in_picture
@@ -279,29 +225,10 @@ class Batch:
                 u = torch.tensor(np.array([one.random[len(one.new)] for one in members]), device=logits.device)
                 ids = (low + sample(logits, u, how)).tolist()
             for one, token in zip(members, ids, strict=True):
-                self._advance(one, token)
+                one.advance(token, self.grammar)
 
     def _of(self, rows: list[int]) -> Tensor:
         return self.hidden if len(rows) == len(self.hidden) and rows == list(range(len(rows))) else self.hidden[rows]
-
-    def _advance(self, one: Running, token: int) -> None:
-        """One more id, and whether it was the last."""
-        vocab, plan, before = self.grammar.vocab, one.request.plan, one.state
-        one.new.append(token)
-        if before == TEXT:
-            one.written += 1
-            one.pictures += token == vocab.boi
-            one.state = GRID if token == vocab.boi else DONE if vocab.text_size <= token else TEXT
-        elif before == GRID:
-            one.state = self.table[3][token - vocab.first_image + len(vocab.grids)]
-        else:
-            one.state = self.table[2][before]
-        if one.state == DONE:
-            one.reason = "stop"
-        elif plan.only_picture:
-            one.reason = "stop" if self.table[0][one.state] == vocab.eoi else ""
-        elif one.state == TEXT and (one.written >= plan.max_text or time.monotonic() >= one.deadline):
-            one.reason = "length"
 
 
 def decode(decoder: Decoder, grammar: Grammar, prompts: Sequence[Sequence[int]], keys: Sequence[int], plan: Plan) -> list[list[int]]:

@@ -12,7 +12,7 @@ Letters: p prompts, n pictures a prompt, b rows, s tokens, M books, h w code gri
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,15 +63,6 @@ def log_likelihood(engine: Engine, rows: Sequence[tuple[list[int], list[int]]], 
             total += torch.where(known, logp, 0).sum(1)
         scores.append(total.cpu().numpy())
     return np.concatenate(scores)
-
-
-def best_of(engine: Engine, prompts: Sequence[str], n: int, judge: Judge = "picture",
-            **how: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Draw n pictures for each prompt, as `Engine.draw` does, and order them. → codes [p, n, M, h, w], best first, and their scores."""
-    codes = engine.draw(prompts, n=n, **how)
-    scores = agreement(engine, prompts, codes, judge)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    return np.take_along_axis(codes, order[:, :, None, None, None], 1), np.take_along_axis(scores, order, 1)
 
 
 def _wanted(prompt: str) -> str:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from data import chat
 from mmllm import hf
-from mmllm.generate.batching import Batch, Request, decode, run
+from mmllm.generate.batching import Batch, decode, run
 from mmllm.generate.cache import Prefixes
 from mmllm.generate.decoder import Decoder, build
 from mmllm.generate.grammar import Grammar, compile_grammar
 from mmllm.generate.plan import GREEDY, Plan
+from mmllm.generate.request import Request
 from mmllm.generate.sample import Sampling, request_key
 from mmllm.generate.speculate import Speculation, draw_ahead
 from tokenizer.model import VisualTokenizer
@@ -119,14 +120,14 @@ class Engine:
         grid = grid or self.folder.vocab.grids[0]
         return np.array(codes, np.int32).reshape(len(prompts), n, self.folder.vocab.num_books, *grid)
 
-    def describe(self, images: Images, question: str | Sequence[str] | None = None, sampling: Sampling = GREEDY,
-                 seed: int = 0, max_text: int = 64) -> list[str]:
-        """Describe each picture, or answer the question (one for all, or one each). → texts [b].
+    def describe(self, images: Images | Sequence[NDArray[np.int32]], question: str | Sequence[str] | None = None,
+                 sampling: Sampling = GREEDY, seed: int = 0, max_text: int = 64) -> list[str]:
+        """Describe each picture, or answer the question (one for all, or one each). → texts [b]. Codes may be of several sizes.
 
         A folder of plain documents was trained on questions after a description, so it describes first."""
         vocab, encode = self.folder.vocab, self.folder.text.encode
         shown = [chat.image(vocab.image_ids(codes).tolist(), (codes.shape[1], codes.shape[2]), vocab)
-                 for codes in self.codes(images)]
+                 for codes in (self.codes(images) if isinstance(images, Tensor) else images)]
         questions = [question] * len(shown) if question is None or isinstance(question, str) else list(question)
         if len(questions) != len(shown):
             raise ValueError(f"{len(questions)} questions for {len(shown)} pictures: give one for all, or one each")

@@ -12,6 +12,7 @@ Letters: b rows, n ids of a row, v ids looked at, S states.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Grammar:
         """Ids from `<boi>` to `<eoi>` of the largest picture."""
         return 3 + self.vocab.num_books * max(h * w for h, w in self.vocab.grids)
 
+    @cached_property
+    def on_host(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """`first`, `last`, `after` and `begin`, so that a step asks the device nothing."""
+        return self.first.tolist(), self.last.tolist(), self.after.tolist(), self.begin.tolist()
+
     def states(self, ids: Tensor) -> Tensor:
         """State of each row after its ids. int64 [b, n] → [b]; padding may come first."""
         b, n = ids.shape
@@ -57,10 +63,6 @@ class Grammar:
         following = torch.where(state == GRID, self.begin[grid], self.after[state])
         from_text = torch.where(ids == self.vocab.boi, GRID, torch.where(torch.isin(ids, self.stop), DONE, TEXT))
         return torch.where(state == TEXT, from_text, following)
-
-    def span(self, state: Tensor) -> tuple[int, int]:
-        """One range of ids that holds everything that any of these rows may continue with."""
-        return int(self.first[state].min()), int(self.last[state].max())
 
     def allowed(self, state: Tensor, low: int, high: int, picture: Tensor | None = None) -> Tensor:
         """Which of the ids low … high − 1 may follow. → bool [b, v]. `picture` [b]: whether a picture may begin."""

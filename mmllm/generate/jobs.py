@@ -39,12 +39,17 @@ class Drawing:
     """How the pictures of a prompt are drawn; a line of the file may say otherwise, by these names."""
 
     n: int = 1
+    """Pictures of the prompt."""
     guidance: float = 1.0
+    """As `Plan` has it."""
     temperature: float = 0.3
+    """Of image codes, as `Sampling` has it; so are the next two."""
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    """Same seed, same pictures."""
     negative: str = ""
+    """What guidance leads away from."""
     grid: tuple[int, int] | None = None
     """(h, w) of codes."""
     best_of: int = 0
@@ -141,14 +146,11 @@ def describe(engine: Engine, source: Path, out: Path, question: str | None = Non
                     said[name]["error"] = str(error)
                 else:
                     seen.append((name, asked, engine.codes(picture)[0]))
-            for shape in {codes.shape for _, _, codes in seen}:
-                for plain in (True, False):
-                    some = [one for one in seen if one[2].shape == shape and (one[1] is None) == plain]
-                    if some:
-                        questions = None if plain else [asked or "" for _, asked, _ in some]
-                        texts = engine.describe(np.stack([codes for _, _, codes in some]), questions)
-                        for (name, _, _), text in zip(some, texts, strict=True):
-                            said[name]["text"] = text
+            for plain in (True, False):
+                some = [one for one in seen if (one[1] is None) == plain]
+                texts = engine.describe([codes for _, _, codes in some], None if plain else [asked or "" for _, asked, _ in some])
+                for (name, _, _), text in zip(some, texts, strict=True):
+                    said[name]["text"] = text
             for line in said.values():
                 _say(file, line)
         tell(len(lines), len(lines))

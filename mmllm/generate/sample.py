@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 SORTED = 256  # ids sorted at first for top-p: a full sort of 4,096 costs 10 × the rest of sampling on a CPU
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""A temperature or top-p beyond would be 0 or infinite where logits are divided: no id would be left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,10 @@ class Sampling:
     """Only the likeliest ids that together reach this probability."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self}: temperature and top_k must be ≥ 0, top_p in (0, 1]")
+        warm = self.temperature == 0 or SMALLEST <= self.temperature <= LARGEST
+        if not warm or self.top_k < 0 or not SMALLEST <= self.top_p <= 1:
+            raise ValueError(f"{self}: temperature must be 0 or in [{SMALLEST:.2g}, {LARGEST:.2g}], top_k at least 0, "
+                             f"top_p in [{SMALLEST:.2g}, 1]")
 
 
 def request_key(seed: int, number: int, prompt: Sequence[int]) -> int:

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.generate.batching import Request
 from mmllm.generate.cache import Cache
 from mmllm.generate.decoder import Decoder
 from mmllm.generate.grammar import Grammar
+from mmllm.generate.request import Request
 from mmllm.generate.sample import inverse, probabilities
 from tokenizer.model import VisualTokenizer
 

@@ -52,13 +52,6 @@ class MicroBatch:
     """Where it came from, for a report."""
 
 
-def row_numbers(step: int, global_batch: int, dp_rank: int, dp: int) -> range:
-    """The rows of one rank in one step."""
-    each = global_batch // dp
-    first = step * global_batch + dp_rank * each
-    return range(first, first + each)
-
-
 def join_borders(rows: Sequence[Row], pad: int, device: torch.device) -> NDArray[np.int32]:
     """Document borders of rows laid end to end, [d + 1]. On a CPU a tail of padding becomes many short documents:
     attending over it as one costs as much as the rest of the row, and its outputs are never used."""
@@ -67,20 +60,21 @@ def join_borders(rows: Sequence[Row], pad: int, device: torch.device) -> NDArray
         inside = row.cu_seqlens[1:].astype(np.int64)
         tail = int(row.cu_seqlens[-2])
         if device.type == "cpu" and row.tokens[tail] == pad:
-            inside = np.concatenate([np.arange(tail, len(row.tokens), STEP), inside[-1:]])
-            inside = np.concatenate([row.cu_seqlens[1:-2].astype(np.int64), inside])
+            inside = np.concatenate([inside[:-2], np.arange(tail, len(row.tokens), STEP), inside[-1:]])
         borders.append(inside + start)
         start += len(row.tokens)
-    joined = np.concatenate(borders)
-    return joined[np.r_[True, np.diff(joined) > 0]].astype(np.int32)
+    return np.unique(np.concatenate(borders)).astype(np.int32)
+
+
+def weight_of(row: Row, vocab: Vocab, recipe: Pretrain) -> NDArray[np.floating]:
+    """What each token's prediction counts in the loss [s], before it is divided by the whole batch's."""
+    return row.loss_weight * np.where(row.labels >= vocab.first_image, recipe.image_loss_weight, recipe.text_loss_weight)
 
 
 def micro_batches(rows: Sequence[Row], vocab: Vocab, recipe: Pretrain, layout: Layout) -> list[MicroBatch]:
     """Everything this rank computes in one step, given its rows; the loss weights already divided by the whole global batch's
     weight."""
-    first_image = vocab.first_image
-    modality = [np.where(row.labels >= first_image, recipe.image_loss_weight, recipe.text_loss_weight) for row in rows]
-    weights = [row.loss_weight * each for row, each in zip(rows, modality, strict=True)]
+    weights = [weight_of(row, vocab, recipe) for row in rows]
     mine = sum(float(weight.sum(dtype=np.float64)) for weight in weights)
     filled = sum(int((row.tokens != vocab.pad).sum()) for row in rows) if recipe.model.num_experts else 0
     total = torch.tensor([mine, filled], dtype=torch.float64, device=layout.device)

@@ -191,12 +191,16 @@ def together(act: Callable[[], None], step: int, beside: Path) -> None:
         raise SaveFailed(problem[0])
 
 
-def load(checkpoint: Path, model: list[DistributedDataParallel], optimizer: ChainedOptimizer | None) -> None:
-    """Load weights and, if given, optimizer state, under whatever layout this run has."""
+def load(checkpoint: Path, model: list[DistributedDataParallel], optimizer: ChainedOptimizer | None, history: bool = True) -> None:
+    """Load weights and, if given, optimizer state, under whatever layout this run has. `history`: Transformer Engine's past 8-bit scales
+    too."""
+    wanted = sharded_state(model, optimizer, loading=True)
+    if not history:
+        wanted = {part: {name: entry for name, entry in entries.items() if "_extra_state" not in name} for part, entries in wanted.items()}
     with warnings.catch_warnings():
         # torch and megatron-core disagree on tensor classes
         warnings.simplefilter("ignore")
-        state: Any = dist_checkpointing.load(sharded_state(model, optimizer, loading=True), str(checkpoint))
+        state: Any = dist_checkpointing.load(wanted, str(checkpoint))
     for i, chunk in enumerate(model):
         chunk.module.load_state_dict(state[f"model{i}"], strict=False)
     if optimizer is not None:

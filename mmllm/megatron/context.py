@@ -44,7 +44,12 @@ def share(borders: NDArray[np.int32], cp: int, rank: int) -> NDArray[np.int64]:
     # place j of a rank's part of a document: in its first piece, or in its second
     j = np.arange(int(lengths.sum()) // cp) - np.repeat(starts // cp, 2 * piece)
     piece, starts = np.repeat(piece, 2 * piece), np.repeat(starts, 2 * piece)
-    return starts + np.where(j < piece, rank * piece + j, (2 * cp - 2 - rank) * piece + j)
+    return starts + in_document(j, piece, cp, rank)
+
+
+def in_document(j: NDArray[np.int64], piece: NDArray[np.int64], cp: int, rank: int) -> NDArray[np.int64]:
+    """Place j of a rank's part of a document, whose pieces are `piece` long → its place in the whole."""
+    return np.where(j < piece, rank * piece + j, (2 * cp - 2 - rank) * piece + j)
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,9 @@ def pack_shared(borders: NDArray[np.int32], position: NDArray[np.int64], group: 
         begin, length = starts[members, None], lengths[members, None]          # [n, 1]
         j, place = np.arange(size // cp), np.arange(size)
         held, local = j < length // cp, begin // cp + j                        # [n, l / C]
-        piece = length // (2 * cp)
-        at = np.where(j < piece, rank * piece + j, (2 * cp - 2 - rank) * piece + j)
+        at = in_document(j, length // (2 * cp), cp, rank)
         token = np.where(held, local, 0)
-        slots = first_slot + np.arange(token.size).reshape(token.shape)
-        slot[token[held]] = slots[held]
+        slot[token[held]] = first_slot + np.flatnonzero(held)
         key = np.where(place < length, gathered[np.minimum(begin + place, len(gathered) - 1)], 0)
         # padding looks at the first key: it has to look at something
         mask = place <= np.where(held, at, 0)[:, :, None]                      # [n, l / C, l]

@@ -20,9 +20,9 @@ NAMED = 8
 """Samples named in a message."""
 
 
-def dump(recipe: Pretrain, vocab: Vocab, layout: Layout, step: int, rows: Sequence[Row], measures: dict[str, float]) -> tuple[Path, str]:
-    """Save a step's rows, a file of each data-parallel rank, and name the samples. Called by all ranks. → this rank's (or its model's)
-    file, and the first samples of the whole batch"""
+def dump(recipe: Pretrain, vocab: Vocab, layout: Layout, step: int, rows: Sequence[Row], measures: dict[str, float]) -> tuple[str, str]:
+    """Save a step's rows, a file of each data-parallel rank, and name the samples. Called by all ranks. → the first of the
+    files (and why it was not saved), the first samples of the whole batch"""
     writer = layout.tp_rank == 0 and layout.cp_rank == 0 and layout.last_stage
     path = recipe.out / f"bad_step_{step:07d}_rank_{layout.rank}.pt"
     problem = ""
@@ -39,7 +39,7 @@ def dump(recipe: Pretrain, vocab: Vocab, layout: Layout, step: int, rows: Sequen
     written = [part for part in parts if part is not None]
     keys = [key for _, named in written for key in named]
     words = ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
-    return Path(written[0][0]), words
+    return written[0][0], words
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:

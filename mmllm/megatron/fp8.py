@@ -11,16 +11,11 @@ from typing import Any
 from mmllm.config import Fp8
 
 
-def keeps_params(fp8: Fp8) -> bool:
-    """Weights in 8 bits. Blocks of 128 cannot be gathered from the slices of the distributed optimizer."""
-    return fp8.scaling not in ("none", "blockwise") if fp8.params is None else fp8.params
-
-
 def transformer_fields(fp8: Fp8) -> dict[str, Any]:
     """For TransformerConfig: E4M3 forward, E5M2 for gradients; attention itself stays in bf16 (packed rows)."""
     if fp8.scaling == "none":
         return {}
-    fields: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": fp8.scaling, "fp8_param": keeps_params(fp8),
+    fields: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": fp8.scaling, "fp8_param": fp8.keeps_params,
                               "fp8_dot_product_attention": False, "fp8_multi_head_attention": False}
     if fp8.scaling == "delayed":
         fields |= {"fp8_amax_history_len": fp8.amax_history, "fp8_amax_compute_algo": "max"}

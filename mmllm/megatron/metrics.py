@@ -68,11 +68,14 @@ def memory_bytes(layout: Layout) -> int:
 
 
 def position(loader: Rows, rows: int) -> dict[str, float]:
-    """Rows consumed, and how many times each source was gone through."""
+    """Rows consumed, how many times each source was gone through, and how many documents longer than a row were cut or left out in the
+    blocks before."""
     found: dict[str, float] = {"rows": rows}
     if isinstance(loader, Loader) and rows:
-        plan, taken = loader.plan, loader.state(rows)["cursor"]["taken"]
+        plan, cursor = loader.plan, loader.state(rows)["cursor"]
         block, _ = plan.row(rows - 1)
-        inside = np.bincount(block.source[block.order[:block.starts[rows - block.first_row]]], minlength=len(plan.names))
-        found |= {f"epoch/{name}": (taken[i] + int(inside[i])) / plan.orders[i].size for i, name in enumerate(plan.names)}
+        placed = block.order[:block.starts[rows - block.first_row]]
+        begun = np.bincount(block.source[placed[block.begin[placed] == 0]], minlength=len(plan.names))  # of a document, not its pieces
+        found |= {f"epoch/{name}": (cursor["taken"][i] + int(begun[i])) / plan.orders[i].size for i, name in enumerate(plan.names)}
+        found |= {name: cursor[name] for name in ("cut", "left_out") if cursor[name]}
     return found

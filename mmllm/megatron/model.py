@@ -120,7 +120,7 @@ def chunk(recipe: Pretrain, layout: Layout, vocab_size: int, config: Any, first:
     model, cuda = recipe.model, layout.device.type == "cuda"
     decoder = Decoder(
         config=config, transformer_layer_spec=layer_spec(model, config, virtual_stage),
-        vocab_size=-(-vocab_size // model.vocab_multiple) * model.vocab_multiple, max_sequence_length=1 << 20,
+        vocab_size=model.vocab_rows(vocab_size), max_sequence_length=1 << 20,
         pre_process=first, post_process=last, parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings,
         # else the attention rotates

@@ -96,11 +96,6 @@ def batch_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
-def tensor_group() -> dist.ProcessGroup:
-    """The ranks that split each matrix."""
-    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
-
-
 def pipeline_group() -> dist.ProcessGroup:
     """The ranks that split the layers."""
     return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())

@@ -18,7 +18,7 @@ from data.vocab import Vocab
 from mmllm.config import Optim, Parallel, Pretrain
 from mmllm.manifest import read_state
 from mmllm.megatron import checkpoint, optim, parallel
-from mmllm.megatron.batch import micro_batches
+from mmllm.megatron.batch import micro_batches, weight_of
 from mmllm.megatron.dump import read
 from mmllm.megatron.metrics import documents
 from mmllm.megatron.model import build
@@ -48,7 +48,7 @@ def replay(job: Replay) -> None:
         model = optim.wrap(build(recipe, layout, vocab.size))
         checkpoint.load(job.checkpoint, model, None)
         alone = [document for row in rows for document in split(row, vocab)]
-        weights = [weight_of(document, vocab, recipe) for document in alone]
+        weights = [float(weight_of(document, vocab, recipe).sum(dtype=np.float64)) for document in alone]
         whole = sum(weight for weight in weights if math.isfinite(weight))
         found = list[dict[str, Any]]()
         for document, weight in zip(alone, weights, strict=True):
@@ -94,9 +94,3 @@ def split(row: Row, vocab: Vocab) -> list[Row]:
                        loss_weight=np.pad(row.loss_weight[inside], (0, padding)), cu_seqlens=np.array(borders, np.int32),
                        keys=(row.keys[min(number, len(row.keys) - 1)],) if row.keys else ("",)))
     return out
-
-
-def weight_of(row: Row, vocab: Vocab, recipe: Pretrain) -> float:
-    """Of a document in the batch's loss."""
-    modality = np.where(row.labels >= vocab.first_image, recipe.image_loss_weight, recipe.text_loss_weight)
-    return float((row.loss_weight * modality).sum(dtype=np.float64))

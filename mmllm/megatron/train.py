@@ -79,9 +79,8 @@ def run(recipe: Pretrain, loader: Rows, layout: Layout, stop: StopOnSignal, held
             losses = forward_backward(model, micro_batches(mine, loader.vocab, recipe, layout), layout)
             norm = optim.gradient_norm(optimizer)
             measures = {**losses, "grad_norm": norm}
-            bad = spikes.not_finite(measures)
-            stopping, odd, writing = highest([stop.received, bool(spikes.spike(seen, losses["loss"], norm, recipe.spikes)),
-                                              saving is not None and not checkpoint.written(saving)])
+            bad, why = spikes.not_finite(measures), spikes.spike(seen, losses["loss"], norm, recipe.spikes)
+            stopping, odd, writing = highest([stop.received, bool(why), saving is not None and not checkpoint.written(saving)])
             last = done == recipe.steps or bool(stopping)
             if saving is not None and (bad or odd or last or not writing):
                 saving = settle(saving, recipe, log)
@@ -91,7 +90,7 @@ def run(recipe: Pretrain, loader: Rows, layout: Layout, stop: StopOnSignal, held
                                          f"{keys}; the batch is saved in {path}")
             if odd:
                 seen = spikes.skipped(seen)
-                measures |= report_spike(recipe, loader, layout, log, seen, step, mine, measures)
+                measures |= report_spike(recipe, loader, layout, log, seen, step, mine, measures, why)
             else:
                 optim.update(optimizer, norm)
                 seen = spikes.accepted(seen, losses["loss"], norm, recipe.spikes)
@@ -182,10 +181,9 @@ def go_on(error: SaveFailed, recipe: Pretrain, log: Log | None) -> None:
 
 
 def report_spike(recipe: Pretrain, loader: Rows, layout: Layout, log: Log | None, seen: spikes.Seen, step: int, mine: list[Row],
-                 measures: dict[str, float]) -> dict[str, Any]:
+                 measures: dict[str, float], why: str) -> dict[str, Any]:
     """Save the batch of a spike; then skip it, or stop. → what to put into the step's record"""
     path, keys = dump(recipe, loader.vocab, layout, step, mine, measures)
-    why = spikes.spike(seen, measures["loss"], measures["grad_norm"], recipe.spikes)
     line = f"step {step + 1}: {why}; its samples are {keys}; the batch is saved in {path}"
     if recipe.spikes.rule == "stop":
         raise FloatingPointError(line)

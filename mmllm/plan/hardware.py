@@ -72,7 +72,7 @@ class Reached:
     """Of the bf16 peak, in fused attention, forward and backward together, 3.5 forward passes' products in all. Assumed: FlashAttention-3
     reaches 0.75 at best, forward (arXiv:2407.08608, abstract); backward and causal rows of a few thousand tokens reach less."""
     memory: float = 0.9
-    """Of the memory bandwidth, in norms, gates, casts and the optimizer: 4.3 of 4.8 TB/s in a copy on one H200."""
+    """Of the memory bandwidth, in norms, gates, casts and the optimizer. Assumed, as what a large copy reaches."""
     link: float = 0.8
     """Of NVLink, in collectives. Assumed, as the next two."""
     network: float = 0.8

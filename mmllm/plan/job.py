@@ -96,9 +96,10 @@ class Job:
         return 4 if self.precision == "fp32" else 2
 
     @property
-    def fp8_weights(self) -> bool:
-        """Weights are stored in 8 bits."""
-        return self.fp8.scaling not in ("none", "blockwise") and self.fp8.params is not False
+    def copies(self) -> tuple[int, int]:
+        """Ranks that hold the same dense weights, and the same experts: optimizer state may be split over them."""
+        parallel = self.parallel
+        return parallel.dp * parallel.cp, max(1, parallel.ranks // (parallel.pp * parallel.ep * parallel.expert_tp))
 
     @property
     def stage_layers(self) -> list[int]:
@@ -123,8 +124,3 @@ class Job:
     def repeats(self, module: str) -> bool:
         """A part of each layer is computed again."""
         return self.parallel.recompute == "selective" and module in self.parallel.recompute_modules
-
-
-def padded(vocab_size: int, multiple: int) -> int:
-    """Ids that mean something → vocabulary rows."""
-    return -(-vocab_size // multiple) * multiple

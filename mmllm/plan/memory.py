@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mmllm.plan.hardware import GIB
 from mmllm.plan.job import Job
-from mmllm.plan.parameters import of_stage, trained
+from mmllm.plan.parameters import of_stage, states, trained
 
 CHUNK_BYTES = 512 << 20
 """Logits in fp32 that our loss holds at once (mmllm.megatron.loss)."""
-RESERVE_BYTES = 2.5 * (1 << 30)
+RESERVE_BYTES = 2.5 * GIB
 """CUDA context, NCCL's buffers, workspaces of cuBLAS and Transformer Engine."""
 FRAGMENTATION = 0.04
 """Of what comes and goes, lost between blocks."""
@@ -71,15 +72,14 @@ def of(job: Job, stage: int) -> Memory:
     counts = of_stage(job, stage)
     training = trained(job, counts)
     layers, narrow, again = job.stage_layers[stage], job.narrow_layers(stage), job.repeated_layers(stage)
-    dp = parallel.dp * parallel.cp
-    expert_dp = max(1, parallel.ranks // (parallel.pp * parallel.ep * parallel.expert_tp))
+    dp, _ = job.copies
 
     weights = two * counts.total
     if narrow:  # what is multiplied, in both orders, which Hopper's fp8 needs: instead of the bf16 weight, or beside it
         eight = counts.matrices * narrow / layers
-        weights += 0 if job.fp8_weights else 2 * eight
-    states = 0 if job.offload != "none" else (12 if two == 2 else 8)          # two moments, and an fp32 master where the weight is narrower
-    optimizer = states * (training.dense / (dp if job.zero else 1) + training.expert / (expert_dp if job.zero else 1))
+        weights += 0 if job.fp8.keeps_params else 2 * eight
+    each = 0 if job.offload != "none" else (12 if two == 2 else 8)            # two moments, and an fp32 master where the weight is narrower
+    optimizer = each * states(job, training)
     weights *= 0 if job.offload == "all" else 1 / (dp if job.zero == 3 else 1)
     gradients = job.gradient_bytes * training.total / (dp if job.zero >= 2 else 1)
 

@@ -73,3 +73,9 @@ def trained(job: Job, counts: Counts) -> Counts:
     thin = job.lora_rank * sum(sides[name] for name in job.lora_targets) * job.model.num_layers
     rows = job.lora_rows * h * (1 if job.model.tie_embeddings else 2)
     return Counts(thin + rows, 0, 0, rows)
+
+
+def states(job: Job, training: Counts) -> float:
+    """Of the weights with gradients those whose optimizer state a rank has."""
+    dense, expert = job.copies if job.zero else (1, 1)
+    return training.dense / dense + training.expert / expert

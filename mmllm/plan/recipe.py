@@ -14,7 +14,7 @@ from data.index import read_manifest
 from data.vocab import Vocab
 from mmllm.config import Model, Parallel, Pretrain, batch_at, rows_before, with_ranks
 from mmllm.hf_config import read_model
-from mmllm.plan.job import Job, padded
+from mmllm.plan.job import Job
 from mmllm.runs import sft_recipe
 from mmllm.runs.sft_recipe import Sft
 from mmllm.violations import violations
@@ -43,7 +43,7 @@ def _of_pretrain(recipe: Pretrain, given: Given) -> Job:
     size = given.vocab_size or recipe.vocab_size or _in_shards(recipe)
     rows = max(batch_at(recipe, step) for step in (0, *(first for first, _ in recipe.batch_ramp)))
     return Job(
-        model=recipe.model, parallel=recipe.parallel, vocab=padded(size, recipe.model.vocab_multiple), row_len=recipe.data.row_len,
+        model=recipe.model, parallel=recipe.parallel, vocab=recipe.model.vocab_rows(size), row_len=recipe.data.row_len,
         global_batch=rows, micro_batch=recipe.micro_batch, steps=recipe.steps,
         tokens_in_all=rows_before(recipe, recipe.steps) * recipe.data.row_len, precision="fp32" if recipe.precision == "fp32" else "bf16",
         fp8=recipe.fp8, attended=given.attended, trained=given.trained)

@@ -11,7 +11,7 @@ from mmllm.plan.job import Job
 from mmllm.runs.sft_recipe import Sft
 
 DAY = 86_400
-STATES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
+STATES = memory.Memory._fields[1:]
 
 
 def plan(name: str, recipe: Pretrain | Sft, job: Job, gpu: Gpu) -> dict[str, Any]:

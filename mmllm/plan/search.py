@@ -48,13 +48,9 @@ def working(recipe: Pretrain | Sft, gpu: Gpu, given: Given) -> Iterator[Candidat
             yield Candidate(changed, changes, step.estimate(job, gpu).seconds)
 
 
-def _powers(most: int) -> list[int]:
-    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
-
-
 def _pretrain_layouts(recipe: Pretrain) -> Iterator[tuple[tuple[str, ...], Pretrain]]:
     now, layers = recipe.parallel, recipe.model.num_layers
-    tps = {*_powers(8), now.tp}
+    tps = {1, 2, 4, 8, now.tp}
     pps = {*(n for n in range(1, 33) if layers % n == 0), now.pp}
     cps = {1, 2, 4, 8, now.cp}
     micros, recomputes = {1, 2, 4, recipe.micro_batch}, {"none", "full", now.recompute}

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mmllm.flops import FORWARD_AND_BACKWARD, attention_flops, head_flops, matrix_flops
+from mmllm.flops import FORWARD_AND_BACKWARD, attention_flops, head_flops, matrix_flops, weights_met
 from mmllm.plan.hardware import REACHED, Gpu, Reached
 from mmllm.plan.job import Job
-from mmllm.plan.parameters import of_layer, of_stage, trained
+from mmllm.plan.parameters import of_layer, of_stage, states, trained
 
 ATTENTION_PASSES = 3.5
 """Products of fused attention, forward and backward, in forward passes: it computes the scores again."""
@@ -62,15 +62,6 @@ class Step(NamedTuple):
     """A GPU's model FLOPs."""
     mfu: float
     """Of the bf16 peak, under fp8 too, so that both compare."""
-
-
-def weights_met(job: Job) -> tuple[float, float]:
-    """By a token in a layer: dense ones, those of experts."""
-    model = job.model
-    attention = 2 * model.hidden_size * (job.q + job.k)
-    if not model.num_experts:
-        return attention + 3 * model.hidden_size * model.ffn_hidden_size, 0.0
-    return attention + model.hidden_size * model.num_experts, 3 * model.hidden_size * model.expert_width * model.experts_per_token
 
 
 def model_flops(job: Job) -> float:
@@ -126,7 +117,7 @@ def layer_of(job: Job, gpu: Gpu, reached: Reached, narrow: bool) -> Layer:
     share = reached.eager if job.eager else 1.0
     peak, memory = peak_of(job, gpu, reached, narrow) * share, gpu.memory_bandwidth * reached.memory * share
     passes = 2 if job.lora_rank else 3                               # no gradient of a frozen matrix
-    dense, expert = weights_met(job)
+    dense, expert = weights_met(job.model)
     dense_s, expert_s = (2 * t * weights / split / rate for weights, split, rate in (
         (dense, parallel.tp, peak), (expert, job.between, peak * reached.experts)))      # forward
     attend = 2 * job.q * job.span / parallel.tp * t / (gpu.bf16 * reached.attention)     # forward
@@ -177,21 +168,22 @@ def estimate(job: Job, gpu: Gpu, reached: Reached = REACHED) -> Step:
     # once a step: gradients, weights, the optimizer
     held = [of_stage(job, stage) for stage in range(parallel.pp)]
     training = max((trained(job, counts) for counts in held), key=lambda counts: counts.total)
-    dp, expert_dp = parallel.dp * parallel.cp, max(1, parallel.ranks // (parallel.pp * parallel.ep * parallel.expert_tp))
+    dp, expert_dp = job.copies
     rate = bandwidth(gpu, reached, dp, parallel.tp)
     moved = training.dense * (dp - 1) / dp + training.expert * (expert_dp - 1) / expert_dp
-    reduced, gathered = job.gradient_bytes * moved, (1 if job.fp8_weights else job.bytes) * moved
+    weight_bytes = 1 if job.fp8.keeps_params else job.bytes
+    reduced, gathered = job.gradient_bytes * moved, weight_bytes * moved
     if job.zero == 3:  # weights twice and gradients once a micro-batch, behind it
         whole = max(counts.total for counts in held) * (dp - 1) / dp
-        reduced, gathered = m * reduced, 2 * m * (1 if job.fp8_weights else job.bytes) * whole
+        reduced, gathered = m * reduced, 2 * m * weight_bytes * whole
         from_host = 2 * m * job.bytes * whole / dp / gpu.host if job.offload == "all" else 0.0
         in_sight = max(0.0, (reduced + gathered) / rate + from_host - m * each)
     else:
         in_sight = max(0.1 * reduced / rate, reduced / rate - each * 2 / 3)                  # behind the last backward pass
         in_sight += max(0.0, gathered / rate - (each / 3 if job.overlapped_gather else 0.0))
-    states = training.dense / (dp if job.zero else 1) + training.expert / (expert_dp if job.zero else 1)
-    host = 32 * states / gpu.host if job.offload != "none" else 0.0  # gradients there, weights back, and Adam at the host's bandwidth
-    update = (34 * states + 2 * job.gradient_bytes * training.total) / memory + host
+    held_states = states(job, training)
+    host = 32 * held_states / gpu.host if job.offload != "none" else 0.0  # gradients there, weights back, and Adam at the host's bandwidth
+    update = (34 * held_states + 2 * job.gradient_bytes * training.total) / memory + host
 
     parts = {name: m * value for name, value in slowest.items()}
     parts |= {"bubble": each * (parallel.pp - 1) / parallel.virtual_stages, "dp": in_sight, "optimizer": update}

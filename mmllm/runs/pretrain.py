@@ -13,9 +13,6 @@ from mmllm import launch
 from mmllm.config import Pretrain, with_ranks
 from mmllm.violations import check
 
-STOPPED = 143
-"""Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
-
 
 def main(recipe: Pretrain) -> Path:
     """Train to `recipe.steps`; returns the last checkpoint. Under torchrun this process is one rank, else ranks are
@@ -30,5 +27,5 @@ def main(recipe: Pretrain) -> Path:
         launch.launch("mmllm.megatron.train:train", recipe, recipe.parallel.ranks)
     checkpoint = recipe.out / "checkpoints" / f"step_{recipe.steps:07d}"
     if not checkpoint.is_dir():
-        raise SystemExit(STOPPED)                                              # told to stop, saved, to be continued
+        raise SystemExit(launch.STOPPED)                                              # told to stop, saved, to be continued
     return checkpoint

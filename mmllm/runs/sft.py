@@ -6,8 +6,8 @@ another Hugging Face folder, `out/hf`, or, when the run was told to stop, a chec
 
 import math
 import os
-import shutil
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,8 @@ from mmllm import hf, launch, manifest
 from mmllm.run import Log, StopOnSignal, resident_bytes, resolve_precision, seed_all, write_json
 from mmllm.runs import sft_checkpoint, sft_engine, sft_loss
 from mmllm.runs.sft_checkpoint import Rows
+from mmllm.runs.sft_lora import ADAPTER, merged, write_adapter
 from mmllm.runs.sft_recipe import Sft, fields_of, learning_rate, recipe_hash, violations
-
-STOPPED = 143
-"""Exit code after SIGTERM, the checkpoint saved: 128 + 15, as shells say it."""
 
 
 def check(recipe: Sft) -> None:
@@ -36,6 +34,8 @@ def check(recipe: Sft) -> None:
     if found := violations(recipe):
         raise ValueError("the recipe cannot work:\n" + "\n".join(f"  - {line}" for line in found))
     hf.check_target(recipe.out / "hf")
+    if recipe.lora.rank:
+        hf.check_target(recipe.out / "adapter", ADAPTER)
 
 
 def main(recipe: Sft) -> Path:
@@ -51,7 +51,7 @@ def main(recipe: Sft) -> Path:
     else:
         launch.launch("mmllm.runs.sft_ranks:train", recipe, recipe.ranks)
     if manifest.newest(recipe.out / "checkpoints") is not None:
-        raise SystemExit(STOPPED)  # told to stop, saved, to be continued
+        raise SystemExit(launch.STOPPED)  # told to stop, saved, to be continued
     return recipe.out / "hf"
 
 
@@ -84,52 +84,50 @@ def fit(recipe: Sft, folder: hf.Folder, rows: Rows, held: Rows | None, stop: Sto
     first = sft_checkpoint.resume(engine, checkpoints, recipe, rows)
     own_rows = prefetched(rows, (step * recipe.global_batch + rank * each + i for step in range(first, recipe.steps)
                                  for i in range(each)), recipe.loader_workers)
-    log = open_log(recipe, rows, engine, first) if rank == 0 else None
-    clock, tokens = time.perf_counter(), 0
-    for step in range(first, recipe.steps):
-        own = list(islice(own_rows, each))
-        # the sum over all ranks decides the scale of each one's loss: a mean over tokens, whoever holds them
-        total, stopping = _sum([float(sum(row.loss_weight.sum() for row in own)), float(stop.received)], engine.device)
-        if total == 0:
-            raise ValueError(f"step {step}: none of the {recipe.global_batch} rows has a token of the assistant")
-        lr = learning_rate(recipe, step)
-        for parameters in engine.optimizer.param_groups:
-            parameters["lr"] = lr
-        if recipe.lora.dropout:  # what is dropped depends on step and rank alone, not on when the run began
-            torch.manual_seed((recipe.seed * 1_000_003 + step) * recipe.ranks + rank)
-        statistics = torch.zeros(4, device=engine.device)
-        for groups in batches(own, recipe, engine.device):
-            loss, sums = engine(groups, rows.vocab.first_image)
-            statistics += sums
-            # ZeRO averages over ranks; the loss is already divided by the weight of all of them
-            engine.backward(loss * (recipe.ranks / total), scale_wrt_gas=False)
-            engine.step()
-        values, norm = _means(_sum(statistics.tolist(), engine.device)), engine.get_global_grad_norm()
-        if norm is not None:  # without ZeRO, DeepSpeed keeps it to itself
-            values["grad_norm"] = float(norm)
-        if not all(map(math.isfinite, values.values())):
-            keys = ", ".join([key for row in own for key in row.keys][:20])
-            raise FloatingPointError(f"step {step}, rank {rank}: loss or gradient is not finite ({values}); samples begin with {keys}")
-        done = step + 1
-        tokens += recipe.global_batch * rows.row_len
-        if held is not None and (done % recipe.validate_every == 0 or done == recipe.steps):
-            began = time.perf_counter()
-            values |= {f"validation/{name}": value for name, value in validate(engine, held, recipe, rank).items()}
-            clock += time.perf_counter() - began
-        if log and (done % recipe.log_every == 0 or done in (first + 1, recipe.steps) or "validation/loss" in values):
-            now = time.perf_counter()
-            log.record({"step": done, **values, "lr": lr, "tokens_per_s": tokens / (now - clock), "memory_bytes": resident_bytes()})
-            clock, tokens = now, 0
-        if done < recipe.steps and (stopping or (recipe.save_every and done % recipe.save_every == 0)):
-            sft_checkpoint.save(engine, checkpoints, done, recipe, rows)
-            if stopping:
-                if log:
-                    log.say(f"told to stop: saved step {done}, the same command continues")
-                break
-    else:
-        write(deepspeed, engine, recipe, folder)
-    if log:
-        log.__exit__(None, None, None)
+    with open_log(recipe, rows, engine, first) if rank == 0 else nullcontext() as log:
+        clock, tokens = time.perf_counter(), 0
+        for step in range(first, recipe.steps):
+            own = list(islice(own_rows, each))
+            # the sum over all ranks decides the scale of each one's loss: a mean over tokens, whoever holds them
+            total, stopping = _sum([float(sum(row.loss_weight.sum() for row in own)), float(stop.received)], engine.device)
+            if total == 0:
+                raise ValueError(f"step {step}: none of the {recipe.global_batch} rows has a token of the assistant")
+            lr = learning_rate(recipe, step)
+            for parameters in engine.optimizer.param_groups:
+                parameters["lr"] = lr
+            if recipe.lora.dropout:  # what is dropped depends on step and rank alone, not on when the run began
+                torch.manual_seed((recipe.seed * 1_000_003 + step) * recipe.ranks + rank)
+            statistics = torch.zeros(4, device=engine.device)
+            for groups in batches(own, recipe, engine.device):
+                loss, sums = engine(groups, rows.vocab.first_image)
+                statistics += sums
+                # ZeRO averages over ranks; the loss is already divided by the weight of all of them
+                engine.backward(loss * (recipe.ranks / total), scale_wrt_gas=False)
+                engine.step()
+            values, norm = _means(_sum(statistics.tolist(), engine.device)), engine.get_global_grad_norm()
+            if norm is not None:  # without ZeRO, DeepSpeed keeps it to itself
+                values["grad_norm"] = float(norm)
+            if not all(map(math.isfinite, values.values())):
+                keys = ", ".join([key for row in own for key in row.keys][:20])
+                raise FloatingPointError(f"step {step}, rank {rank}: loss or gradient is not finite ({values}); samples begin with {keys}")
+            done = step + 1
+            tokens += recipe.global_batch * rows.row_len
+            if held is not None and (done % recipe.validate_every == 0 or done == recipe.steps):
+                began = time.perf_counter()
+                values |= {f"validation/{name}": value for name, value in validate(engine, held, recipe, rank).items()}
+                clock += time.perf_counter() - began
+            if log and (done % recipe.log_every == 0 or done in (first + 1, recipe.steps) or "validation/loss" in values):
+                now = time.perf_counter()
+                log.record({"step": done, **values, "lr": lr, "tokens_per_s": tokens / (now - clock), "memory_bytes": resident_bytes()})
+                clock, tokens = now, 0
+            if done < recipe.steps and (stopping or (recipe.save_every and done % recipe.save_every == 0)):
+                sft_checkpoint.save(engine, checkpoints, done, recipe, rows)
+                if stopping:
+                    if log:
+                        log.say(f"told to stop: saved step {done}, the same command continues")
+                    break
+        else:
+            write(deepspeed, engine, recipe, folder)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -172,16 +170,13 @@ def write(deepspeed: Any, engine: Any, recipe: Sft, folder: hf.Folder) -> None:
     tensors, vocab = sft_engine.full_weights(deepspeed, engine), folder.vocab
     if dist.get_rank() == 0:
         if recipe.lora.rank:
-            from mmllm.runs.sft_lora import merged, write_adapter
             write_adapter(recipe.out / "adapter", tensors, recipe, range(vocab.text_size, vocab.size))
             tensors = merged(tensors, recipe)
         precision = resolve_precision(recipe.export_precision)
         hf.write_folder(recipe.out / "hf", {name: tensor.to(precision) for name, tensor in tensors.items()}, folder.model, vocab,
                         folder.path / "text.model", folder.visual_tokenizer, chat=True, max_len=folder.max_len)
-        checkpoints = recipe.out / "checkpoints"
-        if checkpoints.exists():  # the name first: what is half deleted must not be found
-            shutil.rmtree(checkpoints.with_suffix(".deleted"), ignore_errors=True)
-            shutil.rmtree(checkpoints.rename(checkpoints.with_suffix(".deleted")))
+        if (checkpoints := recipe.out / "checkpoints").exists():
+            manifest.delete(checkpoints)
 
 
 def _sum(values: list[float], device: torch.device) -> list[float]:

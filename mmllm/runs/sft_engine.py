@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmllm import hf
 from mmllm.run import resolve_precision
+from mmllm.runs.sft_lora import adapt
 from mmllm.runs.sft_loss import AssistantLoss
 from mmllm.runs.sft_recipe import Sft
 
@@ -71,7 +72,6 @@ def build(deepspeed: Any, recipe: Sft, folder: hf.Folder) -> Any:
     attention = "sdpa" if cuda else "eager"  # the fused kernel is several times slower for short documents on a CPU
     causal = AutoModelForCausalLM.from_pretrained(folder.path, dtype=resolve_precision(recipe.precision), attn_implementation=attention)
     if recipe.lora.rank:
-        from mmllm.runs.sft_lora import adapt
         adapt(causal, recipe, folder.vocab.text_size, deepspeed.zero.GatheredParameters)
     if recipe.gradient_checkpointing:
         causal.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind wants inputs with a gradient

@@ -7,7 +7,6 @@ trained one: forward and backward then cost what they did, and optimizer states,
 Letters: v ids, of which the first t are text, d hidden, r rank.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm.hf import replaced
 from mmllm.runs.sft_recipe import Sft
 
 TABLES = ("model.embed_tokens", "lm_head")
 PEFT = "base_model.model."
 """Where peft's names begin."""
+ADAPTER = "adapter_config.json"
 
 
 class SplitEmbedding(nn.Module):
@@ -111,10 +112,6 @@ def write_adapter(out: Path, tensors: Mapping[str, Tensor], recipe: Sft, ids: ra
     elif recipe.lora.rows == "all":
         changes |= {"modules_to_save": [table.rpartition(".")[2] for table in tables], "ensure_weight_tying": len(tables) == 1}
         saved |= {f"{PEFT}{table}.weight": tensors.get(f"{table}.weight", tensors[f"{TABLES[0]}.weight"]).clone() for table in TABLES}
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, beside / "adapter_model.safetensors", {"format": "pt"})
-    _config(recipe, peft, inference_mode=True, **changes).save_pretrained(str(beside))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with replaced(out, ADAPTER) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in saved.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        _config(recipe, peft, inference_mode=True, **changes).save_pretrained(str(folder))

@@ -44,9 +44,6 @@ from tokenizer.start import start
 from tokenizer.text import TextTokenizer
 from tokenizer.towers import Tower
 
-STOPPED = 143
-"""Exit code after SIGTERM or SIGUSR1, the checkpoint saved: 128 + 15, as shells say it."""
-
 
 def main(recipe: TrainVisual) -> Path:
     """Train to the last step, unless that is done; under torchrun this process is one rank, else ranks are started here. → `recipe.out`
@@ -62,7 +59,7 @@ def main(recipe: TrainVisual) -> Path:
     else:
         train(recipe)
     if not ended(recipe):
-        raise SystemExit(STOPPED)  # told to stop, saved, to be continued
+        raise SystemExit(launch.STOPPED)  # told to stop, saved, to be continued
     return recipe.out
 
 

@@ -151,8 +151,7 @@ def _answer(engine: Engine, talk: Talk, asked: list[dict[str, Any]], screen: Tex
 def _events(engine: Engine, turns: list[dict[str, Any]], talk: Talk) -> Iterator[tuple[list[int], Event | None]]:
     """(ids that are new, what they tell). Errors: ValueError for a conversation that is too long."""
     request = engine.chat_request(turns, talk.plan, talk.seed)
-    longest = engine.grammar.longest
-    batch = engine.batching(2, max(len(request.prompt), len(request.blank) + longest) + talk.plan.most(longest))
+    batch = engine.batching(2)
     batch.submit(request)
     transcript = Transcript(engine.folder.vocab, engine.folder.text)
     while not batch.idle:

@@ -15,8 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from data import chat
-from mmllm.generate.batching import Request as Row
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Request as Row
 from mmllm.generate.sample import Sampling, request_key
 from mmllm.serve.answer import Stream, sse, unless_gone
 from mmllm.serve.pictures import data_url

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from data import chat
-from mmllm.generate.batching import Request as Row
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Request as Row
 from mmllm.generate.sample import Sampling, request_key
 from mmllm.serve.answer import Stream, events, sse, unless_gone
 from mmllm.serve.guard import PICTURES

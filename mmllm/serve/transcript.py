@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.vocab import Vocab
-from mmllm.generate.batching import Reason
+from mmllm.generate.request import Reason
 from tokenizer.text import TextTokenizer
 
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from mmllm.generate.batching import Request
 from mmllm.generate.engine import Engine
+from mmllm.generate.request import Request
 from mmllm.serve.metrics import Metrics
 from mmllm.serve.refusal import Refusal
 from mmllm.serve.settings import Settings
@@ -23,10 +23,6 @@ from mmllm.serve.transcript import End, Event, Transcript
 log = logging.getLogger("mmllm.serve")
 JOINS = 8
 """Rows that join between two steps at most: those that run wait while prompts are read."""
-
-IDLE_BYTES = 64 << 20
-"""Keys and values that are held while nobody asks."""
-
 
 class Ticket:
     """One request's rows: a place in line from the start, events as they come, and gone when it is left."""
@@ -176,10 +172,8 @@ class Worker:
                         del self._running[name]
                 for place in joining:
                     self._join(place)
-                if self._running:
+                if not self._batch.idle:  # those that were cancelled leave with a step as well
                     self._step()
-                if not self._running and not self._line and self.held_bytes > IDLE_BYTES:  # a long row has widened all
-                    self._batch = self.engine.batching(2 * self.settings.rows)
             except Exception:  # memory, mostly: everybody in the batch is told, the next are served
                 log.exception("a step failed")
                 failed = {place.ticket for place in (*self._running.values(), *joining)}

@@ -3,10 +3,13 @@
 Each reads a folder of raw shards and writes another one, shard by shard, and goes on where it was interrupted."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from tyro.conf import OmitArgPrefixes
+
+from data.curate.texts import TextRules
 from mmllm.progress import say
 from mmllm.verbs.verb import Verb
 
@@ -45,22 +48,7 @@ class Filter:
     """A picture of several frames: taken for its first one, or not."""
     decode: bool = True
     """Decode every picture, or judge it by its header alone."""
-    min_chars: int = 0
-    """Characters of a text part or caption."""
-    max_chars: int | None = None
-    """The same, at most."""
-    min_words: int = 0
-    """Words of a text part or caption, as white space parts them."""
-    max_words: int | None = None
-    """The same, at most."""
-    min_letters: float = 0.0
-    """Share of letters among characters that are not white space."""
-    min_wordlike: float = 0.0
-    """Share of words that hold a letter; Gopher has 0.8."""
-    repetition: bool = False
-    """Refuse long texts that repeat themselves more than Gopher's table allows."""
-    banned: Path | None = None
-    """File of words and phrases that no text may hold, one a line."""
+    texts: OmitArgPrefixes[TextRules] = field(default_factory=TextRules)
     scores: Path | None = None
     """Folder that `mmllm data score` wrote for these shards."""
     min_clip: float | None = None
@@ -77,13 +65,10 @@ def data_filter(args: Filter) -> None:
     from data import shards
     from data.curate.filter import Limit, Rules, filter_shards
     from data.curate.pictures import PictureRules
-    from data.curate.texts import TextRules
 
     pictures = PictureRules(min_side=args.min_side, max_side=args.max_side, max_pixels=args.max_pixels, max_aspect=args.max_aspect,
                             formats=args.formats, animated=args.animated, decode=args.decode)
-    texts = TextRules(min_chars=args.min_chars, max_chars=args.max_chars, min_words=args.min_words, max_words=args.max_words,
-                      min_letters=args.min_letters, min_wordlike=args.min_wordlike, repetition=args.repetition, banned=args.banned)
-    rules = Rules(pictures=pictures, texts=texts, scores=args.scores, clip=Limit(least=args.min_clip, top=args.top_clip),
+    rules = Rules(pictures=pictures, texts=args.texts, scores=args.scores, clip=Limit(least=args.min_clip, top=args.top_clip),
                   aesthetic=Limit(least=args.min_aesthetic, top=args.top_aesthetic), on_loss=args.on_loss)
     report = _run("filtering", lambda tell: filter_shards(shards.find(args.raw, args.prefix), args.out, rules, args.processes, tell))
     say(f"{report}\n{args.out / 'curation.json'}")

@@ -1,6 +1,6 @@
 """The verb that puts a model behind OpenAI's interface: `mmllm serve`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +29,7 @@ def serve(args: Serve) -> None:
         from mmllm.serve.api import main
     except ModuleNotFoundError as error:
         raise ValueError(f"`mmllm serve` needs {error.name}: pip install 'mmllm[serve]'") from error
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    main(args.model, settings, args.device, getattr(torch, args.dtype), args.int8)
+    main(args.model, args, args.device, getattr(torch, args.dtype), args.int8)
 
 
 VERBS = {"serve": Verb(Serve, serve, ("model",))}

@@ -27,11 +27,12 @@ from data.detector import detect
 from data.images import to_uint8
 from data.scene_tasks import SKILLS, prompts, score
 from data.scenes import World
-from mmllm.generate.batching import Request, run
+from mmllm.generate.batching import run
 from mmllm.generate.best import agreement
 from mmllm.generate.engine import Engine
 from mmllm.generate.grammar import Processor
 from mmllm.generate.plan import Plan
+from mmllm.generate.request import Request
 from mmllm.generate.sample import Sampling
 from mmllm.generate.speculate import Speculation, draw_ahead
 

@@ -34,7 +34,7 @@ from data.vocab import Vocab
 from mmllm.config import Model, Optim, Pretrain
 from mmllm.hf import model_config
 from mmllm.megatron import optim, parallel
-from mmllm.megatron.batch import micro_batches, row_numbers
+from mmllm.megatron.batch import micro_batches
 from mmllm.megatron.model import build
 from mmllm.megatron.step import forward_backward
 
@@ -69,7 +69,7 @@ def ours(recipe: Pretrain, rows: RandomRows) -> Callable[[int], None]:
     optimizer = optim.make(recipe, model)
 
     def step(number: int) -> None:
-        mine = [rows.row(n) for n in row_numbers(number, recipe.global_batch, 0, 1)]
+        mine = [rows.row(number * recipe.global_batch + n) for n in range(recipe.global_batch)]
         forward_backward(model, micro_batches(mine, rows.vocab, recipe, layout), layout)
         optimizer.step()
         for chunk in model:

@@ -1,6 +1,6 @@
 """Memory and time of `mmllm import` and `mmllm export` on a Hugging Face folder of random weights.
 
-    python tools/bench/warm_start.py [--layers 14] [--work /tmp/warm]
+    python tools/bench/warm_start.py [--layers 14] [--work FOLDER]
 
 Each command runs in a process of its own. Printed is the peak of its resident memory over what it held with everything imported and the
 visual tokenizer loaded once, beside the model's bytes and its largest tensor's.
