@@ -66,7 +66,7 @@ def test_pictures_are_whole_and_legal_while_requests_come_go_and_move(processor:
             places[source + 1] = places.pop(source)
             update.moved.append((source, source + 1, Direction.UNIDIRECTIONAL))
         processor.update_state(update if update.removed or update.added or update.moved else None)
-        logits = torch.randn(max(places) + 1, VOCAB.padded(64)) * 5
+        logits = torch.randn(max(places) + 1, VOCAB.size + 64) * 5
         logits[:, VOCAB.boi] += 12
         free = torch.tensor([i not in places for i in range(len(logits))])
         before = logits.clone()
