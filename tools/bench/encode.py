@@ -40,6 +40,7 @@ from data.index import read_index
 from data.vocab import Vocab
 from tokenizer import text as texts
 from tokenizer.model import TokenizerConfig, VisualTokenizer
+from tokenizer.quantize import TextEmbedding
 from tokenizer.text import TextTokenizer
 
 
@@ -122,7 +123,7 @@ def main() -> dict[str, Any]:
         text = TextTokenizer.load(text_path)
         if options.tokenizer is None:
             torch.manual_seed(0)
-            VisualTokenizer(TokenizerConfig(), torch.randn(text.size, 128), torch.arange(text.size)).save(visual_path)
+            VisualTokenizer(TokenizerConfig(), TextEmbedding(torch.randn(text.size, 128), torch.arange(text.size), 128)).save(visual_path)
         visual = VisualTokenizer.load(visual_path)
         vocab = vocab_of(visual, text)
         outs = (folder / f"out{i}" for i in range(10**6))
