@@ -25,9 +25,9 @@ from data.convert_piece import (
     convert_piece,
     read_records,
     slug_of,
-    write_json,
     write_record,
 )
+from data.files import write_json
 from data.formats.piece import Piece
 from data.formats.which import FORMATS, recognised
 from data.processes import end_with_parent

@@ -8,9 +8,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from data import shards, tar
+from data.files import write_json
 from data.formats.album import Album
 from data.formats.piece import Piece, Refusal
 from data.formats.reading import Reading
@@ -137,10 +137,3 @@ def write_record(record: Record, home: Path) -> None:
 
 def read_records(home: Path) -> list[Record]:
     return [Record(**json.loads(path.read_text())) for path in sorted(home.glob("*.done.json"))]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    partial.rename(path)

@@ -12,7 +12,6 @@ folders, need neither a lock nor a word between them.
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 from data.document import CAPTION, IMAGE, QUESTION, ROLE
+from data.files import write_json, written
 from data.images import ANY, Limits
 from data.index import index_path, read_index
 from data.sequence import GRAMMAR_VERSION
@@ -101,9 +101,8 @@ def _claim(folder: Path, name: str) -> None:
         raise ValueError(f"{folder} holds shards of fingerprint {marker.read_text()}, not {name}: "
                          "the tokenizer or the vocabulary changed. Encode into another folder, or remove this one")
     if not marker.exists():
-        partial = marker.with_name(f"fingerprint.{os.getpid()}.partial")
-        partial.write_text(name)
-        partial.rename(marker)
+        with written(marker, by_many=True) as beside:
+            beside.write_text(name)
 
 
 def _missing(work: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
@@ -220,7 +219,5 @@ def write_manifest(folder: Path, targets: Sequence[Path], name: str, vocab: Voca
                                  "index": hashlib.sha256(index_path(target).read_bytes()).hexdigest()[:16]}
                    for target, index in zip(targets, indexes, strict=True)},
     }
-    partial = path.with_name(f"manifest.json.{os.getpid()}.partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.rename(path)
+    write_json(path, manifest, by_many=True)
     return path

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import shards, tar
+from data.files import written
 
 ENERGON = "7.4.1"
 """Whose layout this is."""
@@ -103,7 +104,8 @@ def write(folder: Path, splits: Mapping[str, str], progress: Callable[[int, int]
             found, end = samples(path)
             begins = [sample.begin for sample in found] + [end]
             offsets = struct.pack(f"<{len(begins)}Q", *begins)
-            _replace(path.with_suffix(".tar.idx"), offsets)
+            with written(path.with_suffix(".tar.idx")) as beside:
+                beside.write_bytes(offsets)
             _insert(database, paths, number, found, begins)
             counts[path.name] = len(found)
             digest.update(f"{path.name}\n".encode() + offsets + "\n".join(sample.key for sample in found).encode(errors="surrogateescape"))
@@ -116,7 +118,8 @@ def write(folder: Path, splits: Mapping[str, str], progress: Callable[[int, int]
              "dataset.yaml": INTERLEAVED, "sample_loader.py": SAMPLE_LOADER,
              ".info.json": json.dumps({"energon_version": ENERGON, "shard_counts": counts}, indent=2)}
     for name, text in files.items():
-        _replace(meta / name, text.encode())
+        with written(meta / name) as beside:
+            beside.write_text(text)
     progress(len(paths), len(paths))
     return meta
 
@@ -190,9 +193,3 @@ def _yaml(parts: Mapping[str, Iterable[str]]) -> str:
         listed = [f"  - {json.dumps(name)}" for name in names]
         lines += [f"  {json.dumps(split)}:", *listed] if listed else [f"  {json.dumps(split)}: []"]
     return "\n".join([*lines, "exclude: []", ""])
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.rename(path)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data import store, tar
 from data.document import IMAGE, KINDS, ROLE, ROLES, TEXT, TokenDocument
+from data.files import written
 from data.skipped import Skipped
 from data.vocab import Vocab
 
@@ -65,17 +66,14 @@ def write_index(shard: Path, tokens: Sequence[TokenDocument], fingerprint: str, 
         members = tar.members(content)
         digest = hashlib.sha256(content).hexdigest()[:16]
     assert len(members) == len(tokens), f"{shard} is not what was written"
-    path = index_path(shard)
-    partial = path.with_name(path.name + ".partial")
     keys = [m.name.removesuffix(".ids").encode(errors="surrogateescape") for m in members]
-    with partial.open("wb") as file:
+    with written(index_path(shard)) as beside, beside.open("wb") as file:
         np.savez(file, keys=np.array(keys, np.bytes_), key_hash=hashed(keys),
                  offsets=np.array([m.first for m in members], np.int64), sizes=np.array([m.size for m in members], np.int64),
                  first_part=np.cumsum([0] + [len(t.kinds) for t in tokens]).astype(np.int64),
                  kinds=np.array([k for t in tokens for k in t.kinds], np.int8),
                  lengths=np.array([n for t in tokens for n in t.lengths], np.int32),
                  fingerprint=np.array(fingerprint), content=np.array(digest), skipped=np.array(skipped.to_json()))
-    partial.rename(path)
 
 
 def read_index(shard: Path, fingerprint: str | None = None) -> Index:

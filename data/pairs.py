@@ -10,7 +10,6 @@ Letters: n pairs, H W pixels.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from data import tar
+from data.files import written
 from data.images import SIDEWAYS, TURNS, fitted, to_array
 from tokenizer.grid import Size, nearest_bucket
 
@@ -124,10 +124,8 @@ def _pairs_of(shard: Path, index: Path | None) -> tuple[list[str], list[str], ND
     array = np.array(spans, np.int64).reshape(-1, 4)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks may meet here
-        with partial.open("wb") as file:
+        with written(path, by_many=True) as beside, beside.open("wb") as file:  # ranks may meet here
             np.savez(file, keys=np.array(keys, str), texts=np.array(texts, str), spans=array)
-        partial.rename(path)
     return keys, texts, array
 
 

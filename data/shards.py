@@ -18,6 +18,7 @@ from typing import Any
 
 from data import store, tar
 from data.document import Document, check_roles
+from data.files import written
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that are about a shard, not in it."""
@@ -120,11 +121,9 @@ def write(documents: Iterable[Document], folder: Path, prefix: str, shard_len: i
 
 
 def write_tar(path: Path, samples: Iterable[Mapping[str, object]]) -> None:
-    """Write samples beside `path` and rename: a reader never sees half a shard. Same samples, same bytes."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    """Write samples; a reader never sees half a shard. Same samples, same bytes."""
+    with written(path) as beside, beside.open("wb") as file:
         tar.write(file, (member for sample in samples for member in _members(sample)))
-    partial.rename(path)
 
 
 def _members(sample: Mapping[str, object]) -> Iterator[tuple[str, bytes]]:

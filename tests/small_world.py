@@ -5,9 +5,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
 
-from data import scene_shards, shards
+from data import shards
 from data.document import texts_of
 from data.encode import encode, fingerprint, vocab_of
+from data.scenes import shards as scene_shards
 from data.vocab import Vocab
 from mmllm.runs.tokenizer_recipe import Stage, TrainTokenizer, TrainVisual
 from mmllm.runs.train_teacher import TeacherTraining

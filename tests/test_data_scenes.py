@@ -4,10 +4,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from data.scene_image import render
-from data.scene_tasks import SKILLS_OF, prompts, questions
-from data.scene_text import caption_exact, captions, describe, holds, parse, place, write
-from data.scenes import SPLITS, WORLDS, Scene, World
+from data.scenes.image import render
+from data.scenes.tasks import SKILLS_OF, prompts, questions
+from data.scenes.text import caption_exact, captions, describe, holds, parse, place, write
+from data.scenes.world import SPLITS, WORLDS, Scene, World
 
 LEVELS = sorted(WORLDS)
 MANY = {1: 20_000, 2: 4_000, 3: 1_000}

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data import scene_shards, shards
+from data import shards
 from data.document import Document
 from data.images import to_png
-from data.scenes import World
+from data.scenes import shards as scene_shards
+from data.scenes.world import World
 
 
 def png(seed: int = 0, size: int = 8) -> bytes:

@@ -14,10 +14,11 @@ import pytest
 import tiny_model
 import torch
 
-from data import scene_shards, shards
+from data import shards
 from data.curate.clip import Clip
 from data.document import Document
-from data.scene_tasks import SKILLS
+from data.scenes import shards as scene_shards
+from data.scenes.tasks import SKILLS
 from mmllm import cli
 from mmllm.evaluate import answers, captions, likelihood, retrieval
 from mmllm.evaluate.compare import compare

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny_model
 
-from data import scene_shards, shards
+from data import shards
 from data.images import fitted, to_array, to_png, to_tensor
+from data.scenes import shards as scene_shards
 from data.tokens import sizes_of
 from mmllm.evaluate.client import ask, payload
 from mmllm.evaluate.model import evaluate

@@ -11,9 +11,9 @@ import pytest
 from small_world import RECIPE as TINY
 
 from data.images import to_png
-from data.scene_image import render
-from data.scene_text import describe
-from data.scenes import World
+from data.scenes.image import render
+from data.scenes.text import describe
+from data.scenes.world import World
 from mmllm.config import Model, Optim, Parallel
 from mmllm.runs.quickstart import Quickstart, main
 

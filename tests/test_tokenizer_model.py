@@ -11,8 +11,8 @@ from small_world import RECIPE, small_world
 from data import shards
 from data.images import to_tensor
 from data.pairs import Pairs
-from data.scene_image import render
-from data.scenes import World
+from data.scenes.image import render
+from data.scenes.world import World
 from mmllm.runs.train_teacher import TeacherTraining, train_teacher
 from mmllm.runs.train_tokenizer import usable_rows
 from tokenizer.model import TokenizerConfig, VisualTokenizer

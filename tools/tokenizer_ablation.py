@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.detector import detect, scene_matches
 from data.images import to_tensor, to_uint8
-from data.scene_image import render
-from data.scene_text import describe
-from data.scenes import Scene, World
+from data.scenes.detector import detect, scene_matches
+from data.scenes.image import render
+from data.scenes.text import describe
+from data.scenes.world import Scene, World
 from mmllm.cli import recipe_of
 from mmllm.run import write_json
 from mmllm.runs.tokenizer_recipe import Perturb, TrainTokenizer, TrainVisual, violations

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from data.chance import scrambled
 from data.curate import hamming, signatures
-from data.curate.rewrite import Judge, Report, Sample, claim, rewrite, write_whole
+from data.curate.rewrite import Judge, Report, Sample, claim, rewrite
 from data.curate.signatures import Signatures
 from data.curate.workers import Tell, silent
+from data.files import written
 from data.images import MAX_PIXELS, Limits
 from data.skipped import Skipped
 
@@ -89,9 +90,10 @@ def dedup(source: Sequence[Path], out: Path, alike: Alike, against: Sequence[Pat
         return signatures.keys(source, folder, mine, documents)
 
     found = verdicts(mine, alike, keys_of, theirs)
-    write_whole(out / "groups.jsonl", "".join(_groups(found, mine, keys_of, source)).encode())
-    np.save(out / "verdicts.partial.npy", found.of)
-    (out / "verdicts.partial.npy").rename(out / "verdicts.npy")
+    with written(out / "groups.jsonl", by_many=True) as beside:
+        beside.write_text("".join(_groups(found, mine, keys_of, source)))
+    with written(out / "verdicts.npy") as beside, beside.open("wb") as file:
+        np.save(file, found.of)
     first = {path.name: int(number) for path, number in zip(source, mine.shard, strict=False)}
     return rewrite(source, out, partial(_judge_of, out=out, first=first), settings, processes, progress)
 

@@ -10,7 +10,6 @@ A document goes through as the bytes that it was, members that it does not name 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 
 from data import shards
 from data.curate.workers import Tell, on_each, silent
+from data.files import write_json
 from data.skipped import Skipped
 
 Sample = dict[str, bytes | str]
@@ -76,7 +76,7 @@ def rewrite(source: Sequence[Path], out: Path, judge_of: JudgeOf, settings: Mapp
     report = Report.joined([found for found in reports.values() if found is not None])
     written = {path.name: found.kept for path, found in reports.items() if found is not None}
     record = {"settings": settings, **report.to_record(), **also(report), "shards": written}
-    write_whole(out / "curation.json", json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_json(out / "curation.json", record, by_many=True)
     return report
 
 
@@ -98,7 +98,7 @@ def claim(out: Path, source: Sequence[Path], settings: Mapping[str, object]) -> 
         return
     if any(out.glob("*.tar")):
         raise ValueError(f"{out} holds tars that no curation wrote: write to another folder")
-    write_whole(marker, json.dumps(mine, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_json(marker, mine, by_many=True)
 
 
 def _rewrite_one(path: Path, out: Path, judge_of: JudgeOf) -> int:
@@ -127,7 +127,7 @@ def _rewrite_one(path: Path, out: Path, judge_of: JudgeOf) -> int:
         target.unlink()
     report = Report(read=read, kept=kept, changed=changed, dropped=dropped, noted=noted)
     record = {**report.to_record(), "source_bytes": path.stat().st_size, "bytes": target.stat().st_size if kept else 0}
-    write_whole(_counts_path(path, out), json.dumps(record, ensure_ascii=False).encode())
+    write_json(_counts_path(path, out), record, by_many=True)
     return read
 
 
@@ -147,13 +147,6 @@ def _done(path: Path, out: Path) -> Report | None:
     if record["bytes"] != (target.stat().st_size if target.exists() else 0):
         raise ValueError(f"{target} is not as it was written ({record['bytes']:,} bytes): remove {counts} to make it again")
     return Report.of_record(record)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside and rename: the file is there whole or not at all."""
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(content)
-    partial_path.rename(path)
 
 
 def content_of(path: Path | None) -> str | None:

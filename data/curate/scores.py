@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from data import shards
 from data.curate.clip import Aesthetic, Clip
-from data.curate.rewrite import claim, content_of, write_whole
+from data.curate.rewrite import claim, content_of
 from data.curate.workers import Tell, on_each, silent
 from data.document import Document
+from data.files import written
 from data.images import MAX_PIXELS, Limits, Refused, fitted, to_array
 from tokenizer.tower_source import parse, weights_in
 
@@ -160,7 +161,8 @@ def _score_one(path: Path, folder: Path, how: Scoring) -> int:
         if waiting >= how.batch_len:
             flush()
     flush()
-    write_whole(scores_path(folder, path), "".join(lines).encode())
+    with written(scores_path(folder, path), by_many=True) as beside:
+        beside.write_text("".join(lines))
     return len(lines)
 
 

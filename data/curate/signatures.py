@@ -25,6 +25,7 @@ from PIL import Image
 from data import shards
 from data.curate.workers import Tell, on_each, silent
 from data.document import texts_of
+from data.files import written
 from data.images import Limits, load_image, to_array
 
 PLAIN = 16
@@ -128,11 +129,10 @@ def _sign(path: Path, folder: Path, limits: Limits) -> int:
     table = np.array(pictures, np.uint64).reshape(-1, 3)
     good = np.ones(len(names), np.bool_)
     good[list(refused)] = False
-    target = _path(folder, path)
-    partial_path = target.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial_path, keys=np.array(names, "S"), first=np.array(first), text=np.array(text, np.uint64), pixels=table[:, 0],
-             look=table[:, 1], area=table[:, 2].astype(np.int32), good=good, refusals=json.dumps(refused), source_bytes=path.stat().st_size)
-    partial_path.rename(target)
+    with written(_path(folder, path)) as beside, beside.open("wb") as file:
+        np.savez(file, keys=np.array(names, "S"), first=np.array(first), text=np.array(text, np.uint64), pixels=table[:, 0],
+                 look=table[:, 1], area=table[:, 2].astype(np.int32), good=good, refusals=json.dumps(refused),
+                 source_bytes=path.stat().st_size)
     return len(names)
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.scene_text import caption_exact
-from data.scenes import Scene
+from data.scenes.text import caption_exact
+from data.scenes.world import Scene
 from mmllm.evaluate.bootstrap import Measure, mean
 from mmllm.evaluate.items import coded
 from mmllm.evaluate.task import Example, Given, Record, Scores, Task, Unit, by_split

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.detector import detect
 from data.images import fit, to_array, to_png, to_uint8
-from data.scene_tasks import SKILLS_OF, Prompt, prompts, score
-from data.scenes import World
+from data.scenes.detector import detect
+from data.scenes.tasks import SKILLS_OF, Prompt, prompts, score
+from data.scenes.world import World
 from mmllm.evaluate.bootstrap import Measure, mean
 from mmllm.evaluate.task import DRAWN_BY, Example, Given, Record, Scores, Task, Unit, by_split
 from mmllm.generate.engine import Engine

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data import shards
-from data.detector import detect, scene_matches
 from data.images import load_image, to_array, to_png, to_tensor, to_uint8
-from data.scene_image import render
-from data.scenes import SPLITS, World
+from data.scenes.detector import detect, scene_matches
+from data.scenes.image import render
+from data.scenes.world import SPLITS, World
 from mmllm.evaluate.generation import generation
 from mmllm.evaluate.likelihood import log_likelihood
 from mmllm.evaluate.understanding import understanding

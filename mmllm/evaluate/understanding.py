@@ -1,6 +1,6 @@
 """Does the model see what is there? Descriptions and answers about pictures of the scene world.
 
-A description is exact when it states every object of the scene and nothing that is not there (`data.scene_text.caption_exact`);
+A description is exact when it states every object of the scene and nothing that is not there (`data.scenes.text.caption_exact`);
 an answer is right when it is the expected one, letter by letter.
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import to_tensor
-from data.scene_image import render
-from data.scene_tasks import Question, questions
-from data.scene_text import caption_exact
-from data.scenes import Scene, World
+from data.scenes.image import render
+from data.scenes.tasks import Question, questions
+from data.scenes.text import caption_exact
+from data.scenes.world import Scene, World
 from mmllm.generate.engine import Engine
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.files import written
 from data.images import Refused, fitted, to_array, to_tensor, to_uint8
 from data.tokens import sizes_of
 from mmllm.generate.best import agreement
@@ -161,11 +162,10 @@ def save(engine: Engine, codes: NDArray[np.int32], path: Path, scale: int = 1) -
     """A picture as a file that is whole or not there. codes [M, h, w]; scale: screen pixels for a pixel."""
     picture = to_uint8(engine.pictures(codes[None]))[0]
     height, width = picture.shape[:2]
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
-    Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST).save(partial, kind)
-    partial.replace(path)
+    with written(path) as beside:
+        Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST).save(beside, kind)
 
 
 # Files ------------------------------------------------------------------------------------------------------------

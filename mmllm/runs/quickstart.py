@@ -19,7 +19,7 @@ import psutil
 import safetensors.torch
 import torch
 
-from data import scene_shards, shards
+from data import shards
 from data.chat import DESCRIBE_REQUESTS, DRAW_REQUESTS
 from data.config import DataConfig
 from data.convert import convert
@@ -30,7 +30,8 @@ from data.formats.keep import Keep
 from data.formats.reading import Reading
 from data.loader import Loader
 from data.pairs import Pairs
-from data.scenes import World
+from data.scenes import shards as scene_shards
+from data.scenes.world import World
 from data.vocab import Vocab
 from mmllm.config import Model, Optim, Parallel, Pretrain
 from mmllm.evaluate import report

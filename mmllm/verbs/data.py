@@ -26,7 +26,7 @@ class Scenes:
 
 
 def data_scenes(args: Scenes) -> None:
-    from data import scene_shards
+    from data.scenes import shards as scene_shards
     from mmllm.progress import Progress
 
     with Progress("scenes", "shards") as progress:

@@ -32,11 +32,12 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-from data import scene_shards, shards
+from data import shards
 from data.document import ANSWER, CAPTION, IMAGE, QUESTION, TEXT, TokenDocument, texts_of
 from data.encode import encode, vocab_of
 from data.images import fit, to_tensor
 from data.index import read_index
+from data.scenes import shards as scene_shards
 from data.vocab import Vocab
 from tokenizer import text as texts
 from tokenizer.model import TokenizerConfig, VisualTokenizer

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.detector import detect
 from data.images import to_uint8
-from data.scene_tasks import SKILLS, prompts, score
-from data.scenes import World
+from data.scenes.detector import detect
+from data.scenes.tasks import SKILLS, prompts, score
+from data.scenes.world import World
 from mmllm.generate.batching import run
 from mmllm.generate.best import agreement
 from mmllm.generate.engine import Engine

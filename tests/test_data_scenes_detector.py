@@ -5,11 +5,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data.detector import SPECK, Detection, Found, detect, scene_matches
-from data.scene_image import mask, render
-from data.scene_tasks import SKILLS, Prompt, prompts, score
-from data.scene_text import captions, describe, full, holds, parse
-from data.scenes import BACKGROUNDS, COLORS, WORLDS, Object, Scene, World
+from data.scenes.detector import SPECK, Detection, Found, detect, scene_matches
+from data.scenes.image import mask, render
+from data.scenes.tasks import SKILLS, Prompt, prompts, score
+from data.scenes.text import captions, describe, full, holds, parse
+from data.scenes.world import BACKGROUNDS, COLORS, WORLDS, Object, Scene, World
 
 LEVELS = sorted(WORLDS)
 MANY = {1: 2000, 2: 500, 3: 500}

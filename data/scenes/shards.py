@@ -14,10 +14,10 @@ from pathlib import Path
 from data import shards
 from data.document import Document
 from data.images import to_png
-from data.scene_image import render
-from data.scene_tasks import questions
-from data.scene_text import captions, describe
-from data.scenes import SPLITS, Scene, World
+from data.scenes.image import render
+from data.scenes.tasks import questions
+from data.scenes.text import captions, describe
+from data.scenes.world import SPLITS, Scene, World
 
 INTERLEAVED_EVERY = 16
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data.scene_image import mask
-from data.scenes import BACKGROUNDS, COLORS, Scene, World
+from data.scenes.image import mask
+from data.scenes.world import BACKGROUNDS, COLORS, Scene, World
 
 Floats = NDArray[np.float32]
 

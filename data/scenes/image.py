@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data.scenes import BACKGROUNDS, COLORS, Object, Scene
+from data.scenes.world import BACKGROUNDS, COLORS, Object, Scene
 
 SUPERSAMPLE = 16
 Outline = list[tuple[float, float]]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from data.scenes import BACKGROUNDS, COLORS, SHAPES, Kind, Placed, Rng, Scene, World, pick
+from data.scenes.world import BACKGROUNDS, COLORS, SHAPES, Kind, Placed, Rng, Scene, World, pick
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from data.detector import Detection
-from data.scene_text import NUMBERS, PLURALS, RELATION_WORDS, Item, Statement, article, holds, place, write
-from data.scenes import RELATIONS, Kind, Rng, Scene, World, pick
+from data.scenes.detector import Detection
+from data.scenes.text import NUMBERS, PLURALS, RELATION_WORDS, Item, Statement, article, holds, place, write
+from data.scenes.world import RELATIONS, Kind, Rng, Scene, World, pick
 
 SKILLS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 SKILLS_OF: dict[str, tuple[str, ...]] = {   # by split: the skills whose prompts can name something held out
