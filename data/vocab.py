@@ -76,7 +76,12 @@ class Vocab:
         """Id of the control token that announces an h × w picture."""
         if (h, w) not in self.grids:
             raise ValueError(f"a code grid of {h}x{w} has no control token: Vocab.grids has {self.grids}")
-        return self.text_size + len(PLAIN_CONTROL) + self.grids.index((h, w))
+        return self.first_grid + self.grids.index((h, w))
+
+    @property
+    def first_grid(self) -> int:
+        """Id that announces the first of `grids`; the others follow."""
+        return self.text_size + len(PLAIN_CONTROL)
 
     @property
     def first_image(self) -> int:

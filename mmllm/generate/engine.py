@@ -99,7 +99,7 @@ class Engine:
     def picture_of(self, request: Request, ids: Sequence[int]) -> NDArray[np.int32]:
         """Codes [M, h, w] of a request for a picture that got these ids."""
         vocab = self.folder.vocab
-        h, w = vocab.grids[request.prompt[-1] - vocab.first_image + len(vocab.grids)]
+        h, w = vocab.grids[request.prompt[-1] - vocab.first_grid]
         return vocab.codes(ids, h, w)
 
     def parts_of(self, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _parts(ids: list[int], engine: Engine) -> list[dict[str, Any]]:
     while ids:
         if ids[0] == vocab.boi:
             end = ids.index(vocab.eoi)
-            h, w = vocab.grids[ids[1] - vocab.first_image + len(vocab.grids)]
+            h, w = vocab.grids[ids[1] - vocab.first_grid]
             parts.append({"type": "image", "codes": vocab.codes(ids[2:end], h, w)})
             ids = ids[end + 1:]
         else:

@@ -51,7 +51,7 @@ class Grammar:
         boi = torch.where(ids == self.vocab.boi, place, -1).amax(1)  # [b] the last <boi>
         eoi = torch.where(ids == self.vocab.eoi, place, -1).amax(1)
         since = n - 1 - boi  # ids after it
-        grid = ids[torch.arange(b, device=ids.device), (boi + 1).clamp(max=n - 1)] - self._first_grid
+        grid = ids[torch.arange(b, device=ids.device), (boi + 1).clamp(max=n - 1)] - self.vocab.first_grid
         inside = self.begin[grid.clamp(0, len(self.begin) - 1)] + since - 1
         state = torch.where(since == 0, GRID, inside)
         stopped = torch.isin(ids[:, -1], self.stop)
@@ -59,7 +59,7 @@ class Grammar:
 
     def advance(self, state: Tensor, ids: Tensor) -> Tensor:
         """State [b] after one more id [b] each."""
-        grid = (ids - self._first_grid).clamp(0, len(self.begin) - 1)
+        grid = (ids - self.vocab.first_grid).clamp(0, len(self.begin) - 1)
         following = torch.where(state == GRID, self.begin[grid], self.after[state])
         from_text = torch.where(ids == self.vocab.boi, GRID, torch.where(torch.isin(ids, self.stop), DONE, TEXT))
         return torch.where(state == TEXT, from_text, following)
@@ -76,15 +76,10 @@ class Grammar:
                 allowed[:, self.vocab.boi - low] &= picture | ~in_text
         return allowed
 
-    @property
-    def _first_grid(self) -> int:
-        return self.vocab.first_image - len(self.vocab.grids)
-
 
 def compile_grammar(vocab: Vocab, stop: Collection[int], device: torch.device | str = "cpu") -> Grammar:
     """Tables for a vocabulary. stop: ids that end a row in text (`<eos>`, in chats `<user>` too)."""
-    first, last, after = [0, vocab.pad, vocab.first_image - len(vocab.grids)], [vocab.first_image, vocab.pad + 1,
-                                                                              vocab.first_image], [TEXT, DONE, CODE]
+    first, last, after = [0, vocab.pad, vocab.first_grid], [vocab.first_image, vocab.pad + 1, vocab.first_image], [TEXT, DONE, CODE]
     begin: list[int] = []
     for h, w in vocab.grids:
         begin.append(len(first))

@@ -77,7 +77,7 @@ class Running:
             self.pictures += token == vocab.boi
             self.state = GRID if token == vocab.boi else DONE if vocab.text_size <= token else TEXT
         elif before == GRID:
-            self.state = begin[token - vocab.first_image + len(vocab.grids)]
+            self.state = begin[token - vocab.first_grid]
         else:
             self.state = after[before]
         if self.state == DONE:

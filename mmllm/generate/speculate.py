@@ -100,7 +100,7 @@ def draw_ahead(decoder: Decoder, grammar: Grammar, requests: Sequence[Request], 
     groups [M, K]: needed where how.delta is not 0."""
     vocab, device = grammar.vocab, decoder.device
     (M, K), b, window = (vocab.num_books, vocab.codebook_size), len(requests), max(how.window, vocab.num_books)
-    grids = [vocab.grids[request.prompt[-1] - vocab.first_image + len(vocab.grids)] for request in requests]
+    grids = [vocab.grids[request.prompt[-1] - vocab.first_grid] for request in requests]
     lengths = np.array([M * h * w for h, w in grids])
     guided = [n for n, request in enumerate(requests) if request.plan.guided]
     prompts = [tuple(request.prompt) for request in requests]

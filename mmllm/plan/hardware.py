@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmllm.flops import PEAKS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -37,19 +39,25 @@ class Gpu:
     """Where the figures are from."""
 
 
-GIB = 1 << 30
+GIB, TERA = 1 << 30, 10**12
 GPUS = {
-    "a100": Gpu(name="A100 SXM 80 GB", bf16=312e12, fp8=None, memory_bytes=79.1 * GIB, memory_bandwidth=2.039e12, link=300e9, network=25e9,
+    "a100": Gpu(name="A100 SXM 80 GB", bf16=PEAKS["A100"] * TERA, fp8=None, memory_bytes=79.1 * GIB, memory_bandwidth=2.039e12,
+                link=300e9, network=25e9,
                 source="NVIDIA A100 data sheet (2021); DGX A100: eight 200 Gb/s adapters"),
-    "h100": Gpu(name="H100 SXM 80 GB", bf16=989.4e12, fp8=1978.9e12, memory_bytes=79.1 * GIB, memory_bandwidth=3.35e12, link=450e9,
-                network=50e9, source="NVIDIA H100 data sheet (2023), without sparsity; DGX H100: eight 400 Gb/s adapters"),
-    "h200": Gpu(name="H200 SXM 141 GB", bf16=989.4e12, fp8=1978.9e12, memory_bytes=139.8 * GIB, memory_bandwidth=4.8e12, link=450e9,
-                network=50e9, source="NVIDIA H200 data sheet (2024), without sparsity; eight 400 Gb/s adapters"),
-    "b200": Gpu(name="B200 SXM 180 GB", bf16=2.25e15, fp8=4.5e15, memory_bytes=178.3 * GIB, memory_bandwidth=7.7e12, link=900e9,
-                network=50e9, source="NVIDIA HGX B200 data sheet (2024), without sparsity; eight 400 Gb/s adapters"),
-    "gb200": Gpu(name="GB200 NVL72 186 GB", bf16=2.5e15, fp8=5e15, memory_bytes=184 * GIB, memory_bandwidth=8e12, link=900e9, network=50e9,
-                 node=4, domain=72, source="NVIDIA GB200 NVL72 data sheet (2024), without sparsity; a 400 Gb/s adapter each"),
-    "b300": Gpu(name="B300 SXM 288 GB", bf16=2.25e15, fp8=4.5e15, memory_bytes=268 * GIB, memory_bandwidth=8e12, link=900e9, network=100e9,
+    "h100": Gpu(name="H100 SXM 80 GB", bf16=PEAKS["H100"] * TERA, fp8=1978.9e12, memory_bytes=79.1 * GIB, memory_bandwidth=3.35e12,
+                link=450e9, network=50e9,
+                source="NVIDIA H100 data sheet (2023), without sparsity; DGX H100: eight 400 Gb/s adapters"),
+    "h200": Gpu(name="H200 SXM 141 GB", bf16=PEAKS["H200"] * TERA, fp8=1978.9e12, memory_bytes=139.8 * GIB, memory_bandwidth=4.8e12,
+                link=450e9, network=50e9,
+                source="NVIDIA H200 data sheet (2024), without sparsity; eight 400 Gb/s adapters"),
+    "b200": Gpu(name="B200 SXM 180 GB", bf16=PEAKS["B200"] * TERA, fp8=4.5e15, memory_bytes=178.3 * GIB, memory_bandwidth=7.7e12,
+                link=900e9, network=50e9,
+                source="NVIDIA HGX B200 data sheet (2024), without sparsity; eight 400 Gb/s adapters"),
+    "gb200": Gpu(name="GB200 NVL72 186 GB", bf16=PEAKS["GB200"] * TERA, fp8=5e15, memory_bytes=184 * GIB, memory_bandwidth=8e12,
+                link=900e9, network=50e9, node=4, domain=72,
+                source="NVIDIA GB200 NVL72 data sheet (2024), without sparsity; a 400 Gb/s adapter each"),
+    "b300": Gpu(name="B300 SXM 288 GB", bf16=PEAKS["B300"] * TERA, fp8=4.5e15, memory_bytes=268 * GIB, memory_bandwidth=8e12, link=900e9,
+                network=100e9,
                 source="NVIDIA HGX B300 data sheet (2025), without sparsity; eight 800 Gb/s adapters"),
 }
 

@@ -112,6 +112,8 @@ def generate(args: Generate) -> None:
 
     if args.scale < 1 or args.ahead < 0:
         raise ValueError(f"--scale {args.scale} must be at least 1, --ahead {args.ahead} at least 0")
+    if args.ahead_delta and not args.ahead:
+        raise ValueError(f"--ahead-delta {args.ahead_delta} loosens what --ahead looks at, which is 0: give --ahead too")
     if bool(args.prompt) == (args.prompts is not None):
         raise ValueError("give a prompt, or a file of --prompts")
     how = jobs.Drawing(n=args.n, guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
