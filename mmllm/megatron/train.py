@@ -33,6 +33,7 @@ from mmllm.megatron.parallel import Layout
 from mmllm.megatron.resume import resume
 from mmllm.megatron.step import forward_backward
 from mmllm.megatron.validate import held_out, validate
+from mmllm.plan.parameters import whole
 from mmllm.run import Log, StopOnSignal, highest, write_json
 from mmllm.watchdog import Watchdog
 
@@ -138,8 +139,8 @@ def open_log(recipe: Pretrain, loader: Rows, layout: Layout, model: list[Distrib
     write_json(recipe.out / "recipe.json", {**hashes, **recipe_fields(recipe)})
     log = Log(recipe.out, recipe.steps, after_step=first, tensorboard=recipe.tensorboard, title="pretrain", wandb=recipe.wandb,
               recipe=recipe_fields(recipe))
-    parameters = sum(p.numel() for chunk in model for p in chunk.parameters()) * layout.tp
-    log.say(f"{recipe.out}: {parameters / 1e6:,.2f} M parameters{' on this stage' if layout.pp > 1 else ''}, "
+    parameters = whole(recipe.model, recipe.model.vocab_rows(loader.vocab.size)).total
+    log.say(f"{recipe.out}: {parameters / 1e6:,.2f} M parameters, "
             f"{str(next(model[0].parameters()).dtype).removeprefix('torch.')}, dp {layout.dp} × tp {layout.tp} × pp "
             f"{layout.pp}, steps {first}–{recipe.steps} of {batch_at(recipe, first)} rows × {loader.row_len:,} tokens"
             + (f", MFU of {peak:g} TFLOP/s" if peak else ""))

@@ -77,7 +77,7 @@ class Transcript:
             self._inside, self._ids = False, []
             self._picture += 1
         elif self._grid is None:
-            self._grid = vocab.grids[token - vocab.grid(*vocab.grids[0])]
+            self._grid = vocab.grids[token - vocab.first_grid]
         else:
             self._ids.append(token)
             h, w = self._grid
