@@ -15,7 +15,7 @@ from mmllm.generate.batching import AHEAD, Batch, decode, run
 from mmllm.generate.cache import SHORTEST
 from mmllm.generate.engine import Engine, Plan
 from mmllm.generate.grammar import compile_grammar
-from mmllm.generate.int8 import Int8, linear, rows, to_int8
+from mmllm.generate.int8 import Int8, rows, scores, times, to_int8
 from mmllm.generate.request import Event, Request
 from mmllm.generate.sample import Sampling
 
@@ -165,10 +165,13 @@ def test_a_plan_refuses_what_is_no_number(wrong: dict[str, float]) -> None:
 def test_int8_weights_are_within_half_a_step_and_a_quarter_of_the_size() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 512)
-    small = to_int8(weight)
+    small = to_int8(weight, 1)
     assert bool(((rows(small, torch.arange(64)) - weight).abs() <= small.scale / 2 * 1.001).all())
     x = torch.randn(3, 512)
-    assert torch.allclose(linear(x, small, 5, 9), x @ (small.values * small.scale)[5:9].T, atol=1e-4)
+    assert torch.allclose(scores(x, small, 5, 9), x @ (small.values * small.scale)[5:9].T, atol=1e-4)
+    matrix = to_int8(weight.T)
+    assert torch.equal(matrix.values, small.values.T)
+    assert torch.allclose(times(x, matrix, torch.ones(3, 64)), 1 + x @ (small.values * small.scale).T, atol=1e-4)
     assert small.nbytes < 0.26 * weight.nbytes
 
 

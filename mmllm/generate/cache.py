@@ -22,10 +22,8 @@ SHORTEST = 16
 class Cache:
     """Room for R rows of T tokens; lengths are kept on the host, so that a step asks the device nothing."""
 
-    keys: list[Tensor]  # L × [R, G, T, k]
-    values: list[Tensor]
-    cos: Tensor  # [T, k] of the rotary angle at each position, for both halves
-    sin: Tensor  # [T, k], negative in the first half
+    store: Tensor  # [L, 2, R, G, T, k] keys and values
+    turns: Tensor  # [T, 2, k] cosine and sine of the rotary angle at each position, for both halves; the sine negative in the first
     length: NDArray[np.int64]  # [R]
 
     @property
@@ -34,17 +32,16 @@ class Cache:
 
     @property
     def columns(self) -> int:
-        return self.keys[0].shape[2]
+        return len(self.turns)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        return self.store.nbytes
 
     def move_to(self, larger: "Cache") -> "Cache":
         """Everything read, in more room."""
         used = int(self.length.max()) if self.rows else 0
-        for x, y in zip((*self.keys, *self.values), (*larger.keys, *larger.values), strict=True):
-            y[:self.rows, :, :used] = x[:, :, :used]
+        larger.store[:, :, :self.rows, :, :used] = self.store[..., :used, :]
         larger.length[:self.rows] = self.length
         return larger
 
@@ -53,16 +50,14 @@ class Cache:
         if not target:
             return
         used = int(self.length[list(source)].max())
-        a, b = (torch.tensor(x, device=self.keys[0].device) for x in (source, target))
-        for x in (*self.keys, *self.values):
-            x[b, :, :used] = x[a, :, :used]
+        a, b = (torch.tensor(x, device=self.turns.device) for x in (source, target))
+        self.store[:, :, b, :, :used] = self.store[:, :, a, :, :used]
         self.length[list(target)] = self.length[list(source)]
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows go on, in this order."""
         used = int(self.length.max())
-        for x in (*self.keys, *self.values):
-            x[:len(rows), :, :used] = x[rows, :, :used]
+        self.store[:, :, :len(rows), :, :used] = self.store[:, :, rows, :, :used]
         self.length[:len(rows)] = self.length[rows]
 
 
@@ -72,8 +67,8 @@ class Prefixes:
 
     max_bytes: int = 256 << 20
     """Memory that may be held, beside the rows in use."""
-    kept: list[tuple[NDArray[np.int64], list[Tensor], list[Tensor]]] = field(default_factory=list)
-    """Ids [n], keys and values L × [G, n, k]; the latest last."""
+    kept: list[tuple[NDArray[np.int64], Tensor]] = field(default_factory=list)
+    """Ids [n], keys and values [L, 2, G, n, k]; the latest last."""
     reused: int = 0
     """Tokens that were not read again."""
 
@@ -83,9 +78,8 @@ class Prefixes:
             return
         new = np.array(ids, np.int64)
         self.kept = [entry for entry in self.kept if _common(entry[0], new) < min(len(entry[0]), len(new))]
-        keys, values = ([x[row, :, :len(ids)].clone() for x in part] for part in (cache.keys, cache.values))
-        self.kept.append((new, keys, values))
-        while self.kept and sum(x.nbytes for entry in self.kept for x in (*entry[1], *entry[2])) > self.max_bytes:
+        self.kept.append((new, cache.store[:, :, row, :, :len(ids)].clone()))
+        while self.kept and sum(store.nbytes for _, store in self.kept) > self.max_bytes:
             self.kept.pop(0)
 
     def fill(self, ids: Sequence[int], cache: Cache, row: int) -> int:
@@ -97,8 +91,7 @@ class Prefixes:
         if count:
             entry = self.kept.pop(best)
             self.kept.append(entry)
-            for room, known in zip((*cache.keys, *cache.values), (*entry[1], *entry[2]), strict=True):
-                room[row, :, :count] = known[:, :count]
+            cache.store[:, :, row, :, :count] = entry[1][..., :count, :]
             self.reused += count
         cache.length[row] = count
         return count

@@ -156,8 +156,7 @@ def _filled(decoder: Decoder, prompts: Sequence[tuple[int, ...]], more: int) -> 
     store, cache = decoder.room(len(unique), columns), decoder.room(len(prompts), columns + more)
     decoder.prefill(unique, store)
     order = [unique.index(prompt) for prompt in prompts]
-    for room, known in zip((*cache.keys, *cache.values), (*store.keys, *store.values), strict=True):
-        room[:, :, :columns] = known[order]
+    cache.store[..., :columns, :] = store.store[:, :, order]
     cache.length[:] = store.length[order]
     return cache
 

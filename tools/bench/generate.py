@@ -1,6 +1,7 @@
 """Drawing and describing with our engine beside Hugging Face `generate` on the same weights, and what its options gain.
 
     OMP_NUM_THREADS=1 python tools/bench/generate.py MODEL [--guidance 2] [--repeats 7] [--prompts 60] [--level 1]
+    python tools/bench/generate.py MODEL --attention
 
 MODEL is a tuned folder of the quick start. Hugging Face runs with its own guidance processor and our grammar as a logits processor; both
 take turns, and a ratio is the median of the turns' ratios, by the clock and in CPU seconds (which count what a busy machine takes away
@@ -29,6 +30,7 @@ from data.scenes.tasks import SKILLS, prompts, score
 from data.scenes.world import World
 from mmllm.generate.batching import run
 from mmllm.generate.best import agreement
+from mmllm.generate.decoder import Decoder
 from mmllm.generate.engine import Engine
 from mmllm.generate.grammar import Processor
 from mmllm.generate.plan import Plan
@@ -140,6 +142,28 @@ def scored(engine: Engine, world: World, count: int, guidance: float, temperatur
     return out
 
 
+def attention(threads: int) -> dict[str, float]:
+    """How many times as fast as torch's, on so many threads, the compiled attention is; by the multiplications of its scores."""
+    from mmllm.generate.attend import attend
+
+    @torch.inference_mode()
+    def gain(b: int, s: int, columns: int, heads: int, k: int) -> float:
+        norms = torch.ones(2 * heads, k)
+        decoder = Decoder(norms, (), norms, norms, heads, heads, k, 1e-6, torch.ones(k // 2), 1.0)
+        cache = decoder.room(b, columns)
+        cache.store = torch.randn(1, 2, b, heads, columns, k)
+        joined, start = torch.randn(b, s, 3 * heads, k), np.maximum(columns - s - np.arange(b), 0)
+        place = decoder._place(cache, 0, start, b, s)
+        many = range(1 + 10**7 // (b * s * columns * heads * k))
+        return ratios(lambda: [decoder._attend(joined, norms, cache.store[0], place) for _ in many],
+                      lambda: [attend(joined, norms, cache, 0, 0, start, 1.0, 1e-6) for _ in many], 5)["clock"]
+
+    torch.set_num_threads(threads)
+    return {f"2^{np.log2(np.prod(shape)):.0f}: {shape[0]} rows of {shape[1]} tokens on {shape[2]}, {shape[3]} heads of {shape[4]}":
+            gain(*shape) for shape in ((1, 1, 64, 4, 32), (1, 1, 512, 4, 32), (16, 1, 64, 4, 32), (1, 16, 64, 4, 32), (1, 1, 64, 32, 128),
+                                       (64, 1, 64, 4, 32), (1, 64, 64, 4, 32), (16, 1, 64, 32, 128), (1, 64, 64, 32, 128))}
+
+
 def memory(path: Path) -> dict[str, float]:
     """Bytes of the weights, as multiples of int8."""
     sizes = {name: Engine.load(path, "cpu", dtype, int8).decoder.nbytes
@@ -150,16 +174,22 @@ def memory(path: Path) -> dict[str, float]:
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--attention", action="store_true", help="of the decoder alone: its two ways of attention, and nothing else")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=60, help="of each skill")
     parser.add_argument("--level", type=int, default=1)
     parser.add_argument("--temperature", type=float, default=0.3)
     options = parser.parse_args()
+    report: dict[str, Any]
+    if options.attention:
+        report = {f"{threads} threads": attention(threads) for threads in (1, 2)}
+        print(json.dumps(report, indent=1))
+        return report
     torch.set_num_threads(1)
     engine = Engine.load(options.model, "cpu")
     model = stock(engine)
-    report: dict[str, Any] = {
+    report = {
         "images/s over Hugging Face": {f"batch {batch}, guidance {guidance}": drawing(engine, model, batch, guidance, options.repeats)
                                        for batch in (1, 8) for guidance in (options.guidance, 1.0)},
         "text tokens/s over Hugging Face": describing(engine, model, options.repeats),
