@@ -125,6 +125,12 @@ def measure(steps: dict[str, Callable[[int], None]], tokens: int, repeats: int) 
     return {name: tokens / statistics.median(each) for name, each in seconds.items()}
 
 
+def padding(rows: RandomRows, numbers: range) -> float:
+    """Places of padded batches of the documents, by the tokens in them."""
+    lengths = [np.diff(rows.row(number).cu_seqlens) for number in numbers]
+    return float(sum(len(some) * some.max() for some in lengths) / sum(some.sum() for some in lengths))
+
+
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row-len", type=int, default=2048)
@@ -144,6 +150,8 @@ def main() -> dict[str, Any]:
     best = max(value for name, value in found.items() if name != "megatron")
     report: dict[str, Any] = {
         **{name: round(value) for name, value in found.items()}, "ratio": round(found["megatron"] / best, 2),
+        "over padded": round(found["megatron"] / found["hugging face, padded batch"], 2),
+        "padded places a token": round(padding(rows, range(options.rows, options.rows * (options.steps + 1))), 2),
         **vars(options), "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
     print(json.dumps(report))
     parallel.stop()
