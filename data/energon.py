@@ -148,13 +148,12 @@ def samples(path: Path) -> tuple[list[Sample], int]:
     except (ValueError, tarfile.TarError) as error:
         raise ValueError(f"shard {path} is damaged: {error}") from error
     for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, part = base.partition(".")
-        if not stem or not dot or shards.META.match(member.name):
+        place = tar.key_of(member.name)
+        if place is None:
             continue
         if not member.name.isprintable():  # halves of characters among them, which SQLite refuses
             raise ValueError(f"shard {path}: member {member.name!r} has a name that is no text: write the shard again under other keys")
-        key = folder + slash + stem
+        key, part = place
         if not found or found[-1].key != key:
             found.append(Sample(key, member.begin, []))
         found[-1].parts.append(Part(part, member.first, member.size))

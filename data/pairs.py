@@ -110,8 +110,8 @@ def _pairs_of(shard: Path, index: Path | None) -> tuple[list[str], list[str], ND
         members = tar.members(content)
         places = {member.name: member for member in members}
         for member in members:
-            key, _, extension = member.name.partition(".")
-            if extension != "json":
+            key, kind = tar.key_of(member.name) or ("", "")
+            if kind != "json":
                 continue
             record = json.loads(content[member.first:member.first + member.size])
             words = [text for text in record["texts"] if text is not None]

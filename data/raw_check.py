@@ -45,13 +45,13 @@ def grouped(members: list[Member]) -> tuple[list[Held], list[str]]:
     found: list[Held] = []
     others: list[str] = []
     for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot or shards.META.match(member.name):
-            others += [] if shards.META.match(member.name) else [member.name]
+        place = tar.key_of(member.name)
+        if place is None:
+            others += [] if tar.META.match(member.name) else [member.name]
             continue
-        if not found or found[-1].key != folder + slash + stem:
-            found.append(Held(folder + slash + stem))
+        key, extension = place
+        if not found or found[-1].key != key:
+            found.append(Held(key))
         if extension.lower() in found[-1].members:
             found[-1].twice.append(member.name)
         found[-1].members.setdefault(extension.lower(), member)

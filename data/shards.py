@@ -11,7 +11,6 @@ in README.md.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,6 @@ from typing import Any
 from data import store, tar
 from data.document import Document, check_roles
 from data.files import written
-
-META = re.compile(r"__[^/]*__($|/)")
-"""Members that are about a shard, not in it."""
-
 
 MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg"}
 
@@ -160,15 +155,14 @@ def samples(path: Path) -> Iterator[dict[str, bytes | str]]:
 
 
 def _grouped(files: Iterable[tuple[str, bytes]]) -> Iterator[dict[str, bytes | str]]:
-    """(name, content) → samples, as webdataset's `group_by_keys` makes them: neighbours that share a key, the name up to the first dot
-    behind the last slash; the rest of the name in lower case says which is which. Names like `__meta__` are left out."""
+    """(name, content) → samples, as webdataset's `group_by_keys` makes them: neighbours that share a key; the rest of the name in lower
+    case says which is which."""
     sample: dict[str, bytes | str] = {}
     for name, content in files:
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key, extension = folder + slash + stem, extension.lower()
-        if not stem or len(stem) == len(base) or META.match(name):
+        place = tar.key_of(name)
+        if place is None:
             continue
+        key, extension = place[0], place[1].lower()
         if sample and sample["__key__"] != key:
             yield sample
             sample = {}

@@ -8,6 +8,7 @@ for ever (a negative size, CVE-2025-8194).
 
 import mmap
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Generator, Iterable
@@ -31,6 +32,18 @@ class Member(NamedTuple):
     """byte in the tar where its content begins"""
     size: int
     """bytes"""
+
+
+META = re.compile(r"__[^/]*__($|/)")
+"""Members that are about a shard, not in it."""
+
+
+def key_of(name: str, *, last_dot: bool = False) -> tuple[str, str] | None:
+    """The sample that a member belongs to and what it is of it, by webdataset's rule: what stands up to the first dot behind the last
+    slash, and the rest. None where it belongs to no sample. last_dot: up to the last dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, rest = base.rpartition(".") if last_dot else base.partition(".")
+    return (folder + slash + stem, rest) if stem and dot and not META.match(name) else None
 
 
 @contextmanager

@@ -40,10 +40,11 @@ def samples(piece: Piece, ends: int = FIRST_DOT) -> Iterator[Sample | Refusal]:
             members, damage = tar.salvaged(content)
             sample: Sample = {}
             for member in members:
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".") if ends == FIRST_DOT else base.rpartition(".")
-                key, extension = folder + slash + stem, extension.lower()
-                if not stem or not dot or META.search(member.name) or (ends == LAST_DOT and extension not in MATTERS):
+                place = tar.key_of(member.name, last_dot=ends == LAST_DOT)
+                if place is None or META.search(member.name):
+                    continue
+                key, extension = place[0], place[1].lower()
+                if ends == LAST_DOT and extension not in MATTERS:
                     continue
                 if ends == LAST_DOT and extension == "json" and sample and key.startswith(f"{sample['__key__']}."):
                     continue  # KEY.more.json, beside KEY.jpg
