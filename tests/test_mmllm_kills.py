@@ -1,6 +1,7 @@
 """Killed at any moment, a run restarts from a whole checkpoint and ends bit for bit where it would have ended."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -21,7 +22,9 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(tmp_path: Path, kil
                  spikes=Spikes(rule="skip", window=8, deviations=3.0, in_a_row=99), batch_ramp=((7, 8), (50, 12)))
     order, found = tmp_path / "order", tmp_path / "found"
     order.write_bytes(pickle.dumps(whole))
-    subprocess.run([sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(order), str(kills), str(found)], check=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}  # as the commands start their ranks
+    subprocess.run([sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(order), str(kills), str(found)], check=True,
+                   env={**os.environ, **threads})
     left = json.loads(found.read_text())
     assert len(left) == kills and any(each["half_written"] for each in left)    # some of the kills were in the middle of a save
     last = f"checkpoints/step_{whole.steps:07d}"
