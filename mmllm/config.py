@@ -253,7 +253,7 @@ class Pretrain:
     """Seed of the new weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """What matrices are multiplied in; weights are kept in fp32 besides. auto: bf16 where the hardware multiplies it
-    faster (CUDA, AMX, AVX512-BF16 of AMD), else fp32."""
+    (CUDA, AVX512-BF16, AMX), else fp32."""
     fp8: Fp8 = field(default_factory=Fp8)
     """The layers' matrix products in 8 bits."""
     text_loss_weight: float = 1.0
