@@ -1,4 +1,4 @@
-"""The decoder of a Hugging Face Llama, Qwen2 or Qwen3 folder, one step at a time, in plain torch.
+"""The decoder of a Hugging Face Llama, Qwen2 or Qwen3 folder, one step at a time, without modules.
 
 Against `transformers` it saves what dominates a small step: module calls, mask building, a head over the whole
 vocabulary. Rows of any lengths go on together in a cache (`mmllm.generate.cache`), one token or several at a time.
@@ -28,7 +28,7 @@ from mmllm.hf_config import read_model
 @dataclass(frozen=True)
 class Layer:
     """Weights of one layer, joined where they read the same input. Matrices are stored from inputs to outputs: for the few rows of a
-    step that is up to twice as fast on a CPU as `nn.Linear`'s way, and never slower."""
+    step that is mostly faster on a CPU than `nn.Linear`'s way."""
 
     norm: Tensor  # [d]
     qkv: Weight  # [d, (H + 2 G) k]
